@@ -1,0 +1,16 @@
+"""fbprop: reverse-mode differentiation for JAX as an open table of hand-written rules."""
+
+from fbprop.check import CheckFailed, Report, check
+from fbprop.cotangent import ZERO, CotangentError
+from fbprop.reverse import Pullback, grad, value_and_grad, vjp
+from fbprop.rule import Rule, broadcasting, elementwise, linear, no_gradient, pair, rule
+from fbprop.rules import register, table
+from fbprop.table import MissingRule, Table
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ZERO", "CheckFailed", "CotangentError", "MissingRule", "Pullback", "Report", "Rule", "Table", "broadcasting",
+    "check", "elementwise", "grad", "linear", "no_gradient", "pair", "register", "rule", "table",
+    "value_and_grad", "vjp",
+]

@@ -1,0 +1,97 @@
+"""Cotangents as the engine carries them, and the boundary every rule's result crosses.
+
+A cotangent is `ZERO` (nothing flows) or an array of its value's shape and dtype. Unbroadcasting,
+precision, shape and dtype checks are done here, once, so that no rule has to.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_static
+class Zero:
+    """The symbolic zero: a pytree without leaves, so it costs nothing across `jit` and `scan`."""
+
+    def __eq__(self, other):
+        return isinstance(other, Zero)
+
+    def __hash__(self):
+        return hash(Zero)
+
+    def __repr__(self):
+        return "ZERO"
+
+
+ZERO = Zero()
+
+
+def is_zero(ct):
+    return isinstance(ct, Zero)
+
+
+def add(a, b):
+    """Sum of two cotangents of one value."""
+    if is_zero(a):
+        return b
+    return a if is_zero(b) else lax.add(a, b)
+
+
+def dense(ct, aval):
+    """The cotangent as an array."""
+    return jnp.zeros(aval.shape, aval.dtype) if is_zero(ct) else ct
+
+
+class CotangentError(TypeError):
+    """A rule returned something that is not a cotangent of its operand."""
+
+
+def check_count(rule, cts, expected):
+    if len(cts) != expected:
+        raise CotangentError(
+            f"A rule returns one cotangent per operand, got {len(cts)} expected {expected} from "
+            f"the rule for {rule.name!r} ({rule.where}): return None for an operand that gets none."
+        )
+
+
+def fit(ct, aval, site, rule, operand):
+    """Bring what a rule returned to the type of its operand, or say what is wrong with it.
+
+    `None` becomes `ZERO`. Where the rule declares that its primitive broadcasts, the dimensions
+    that were expanded are summed. Precision is adjusted only where the primitive itself changes
+    it (a float16 operand with a float32 result); any other mismatch is an error in the rule.
+    """
+    if ct is None or is_zero(ct):
+        return ZERO
+    shape, dtype = jnp.shape(ct), jnp.result_type(ct)
+    if rule.broadcasts and shape != aval.shape:
+        ct = unbroadcast(ct, aval.shape)
+        shape = jnp.shape(ct)
+    if dtype != aval.dtype and _mixes_precision(site, aval, dtype):
+        ct, dtype = lax.convert_element_type(ct, aval.dtype), aval.dtype
+    if shape != aval.shape or dtype != aval.dtype:
+        raise CotangentError(
+            f"A cotangent has its operand's shape and dtype, got {dtype.name}{list(shape)} expected "
+            f"{aval.dtype.name}{list(aval.shape)} for operand {operand} of {site.name!r}"
+            f"{site.location()}: mend its rule ({rule.where})."
+        )
+    return ct
+
+
+def unbroadcast(ct, shape):
+    """Sum ``ct`` over the dimensions along which ``shape`` was broadcast; unchanged if it was not."""
+    if shape == ():
+        return jnp.sum(ct)
+    got = jnp.shape(ct)
+    if len(got) != len(shape) or any(s not in (1, g) for s, g in zip(shape, got)):
+        return ct
+    axes = tuple(i for i, (s, g) in enumerate(zip(shape, got)) if s == 1 and g != 1)
+    return jnp.sum(ct, axes, keepdims=True)
+
+
+def _mixes_precision(site, aval, dtype):
+    kind = jnp.complexfloating if jnp.issubdtype(aval.dtype, jnp.complexfloating) else jnp.floating
+    mixed = any(out.dtype != aval.dtype for out in site.out_avals)
+    return mixed and jnp.issubdtype(dtype, kind)

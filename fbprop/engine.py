@@ -1,0 +1,208 @@
+"""The two sweeps over a jaxpr: what depends on what, forward with keeping, backward.
+
+`Plan` decides statically, before anything runs: which equations are differentiated, by which rule,
+and which values are kept. `Engine.forward` evaluates and keeps; `Engine.backward` pops each
+equation's cotangents, applies its rule and adds into the operands'. Whatever is about one
+primitive stands in its rule.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from fbprop import cotangent as ct
+from fbprop import jaxcompat as jc
+from fbprop.rule import Site, Step
+from fbprop.table import MissingRule, Table
+
+
+class Flow:
+    """Which equations of a jaxpr depend on its active inputs, and which outputs do."""
+
+    def __init__(self, engine: Engine, jaxpr, active: tuple[bool, ...], path: str):
+        self.jaxpr = jaxpr
+        body = jc.open_jaxpr(jaxpr)
+        self.live = {v for v, a in zip(body.invars, active) if a and jc.differentiable(v.aval)}
+        self.sites: list[tuple[Site, object] | None] = []
+        for eqn in body.eqns:
+            operands = tuple(jc.is_var(v) and v in self.live for v in eqn.invars)
+            self.sites.append(engine.site(eqn, operands, path) if any(operands) else None)
+            if self.sites[-1]:
+                site, rule = self.sites[-1]
+                out = rule.active_out(site) if rule else map(jc.differentiable, site.out_avals)
+                self.live.update(v for v, a in zip(eqn.outvars, out) if a)
+        self.active_out = tuple(jc.is_var(v) and v in self.live for v in body.outvars)
+
+    def reach(self, wanted: tuple[bool, ...]) -> set:
+        """Variables whose cotangent can be other than zero; sets ``wanted`` on every site."""
+        body = jc.open_jaxpr(self.jaxpr)
+        reached = {v for v, w in zip(body.outvars, wanted) if w and jc.is_var(v) and v in self.live}
+        for eqn, found in zip(reversed(body.eqns), reversed(self.sites)):
+            if not found:
+                continue
+            site, rule = found
+            site.wanted = tuple(v in reached for v in eqn.outvars)
+            if any(site.wanted):
+                if rule is None:
+                    raise MissingRule(site)
+                site.reached = rule.reached(site)
+                reached.update(v for v, r in zip(eqn.invars, site.reached) if r)
+        return reached
+
+
+class Plan:
+    """Everything decided about a jaxpr before it runs; static, so it can sit in a pytree's type.
+
+    Attributes:
+      steps: per equation, None (only evaluate it) or (site, rule, step).
+      keep: the variables kept, each once however many rules ask for it.
+      reached: per input, whether it can get a cotangent.
+    """
+
+    def __init__(self, flow: Flow, wanted: tuple[bool, ...]):
+        self.jaxpr, self.wanted = flow.jaxpr, wanted
+        body = jc.open_jaxpr(flow.jaxpr)
+        reached = flow.reach(wanted)
+        self.reached = tuple(v in reached for v in body.invars)
+        self.active_out = flow.active_out
+        self.steps: list[tuple[Site, object, Step] | None] = []
+        keep = {}
+        for eqn, found in zip(body.eqns, flow.sites):
+            if not found or not any(found[0].wanted):
+                self.steps.append(None)
+                continue
+            site, rule = found
+            step = rule.prepare(site)
+            atoms = (*eqn.invars, *eqn.outvars)
+            keep.update((atoms[i], None) for i in step.keep if jc.is_var(atoms[i]))
+            self.steps.append((site, rule, step))
+        self.keep = tuple(keep)
+
+
+class Kept(NamedTuple):
+    """What the forward sweep leaves for the backward sweep: a pytree of arrays."""
+
+    values: tuple  # of Plan.keep
+    extras: tuple  # of the steps that have a forward of their own, in order
+
+
+class Engine(NamedTuple):
+    """A table and a fallback, and the sweeps under them."""
+
+    table: Table
+    fallback: str | None = None
+
+    def site(self, eqn, active, path):
+        scope = "/".join(p for p in (path, jc.scope(eqn)) if p)
+        rule, arguments = self.table.find(eqn, scope)
+        site = Site(eqn, scope, active, self)
+        if arguments is not None:
+            site.params = arguments
+        if rule is None and self.fallback == "jax":
+            rule = self.table["fallback"]
+        return site, rule
+
+    def shared_path(self, path):
+        """The path as a part of cache keys: it matters only to tables with scoped overrides."""
+        return path if self.table.is_scoped else ""
+
+    def flow(self, jaxpr, active, path="") -> Flow:
+        return _flow(self, jaxpr, tuple(active), self.shared_path(path))
+
+    def plan(self, jaxpr, active, wanted, path="") -> Plan:
+        """The plan of an inner jaxpr, remembered: a loop body is differentiated once."""
+        try:
+            return _plan(self, jaxpr, tuple(active), tuple(wanted), self.shared_path(path))
+        except MissingRule:
+            return self.plan_once(jaxpr, active, wanted, path)  # for the full path in the message
+
+    def plan_once(self, jaxpr, active, wanted, path="") -> Plan:
+        """The plan of a jaxpr that will not be met again."""
+        return Plan(Flow(self, jaxpr, active, path), wanted)
+
+    def forward(self, plan: Plan, args) -> tuple[list, Kept]:
+        """Evaluate the jaxpr; returns its results and what the backward sweep needs."""
+        body = jc.open_jaxpr(plan.jaxpr)
+        env = dict(zip(body.constvars, jc.consts_of(plan.jaxpr)))
+        env.update(zip(body.invars, args))
+        keep, extras, last = set(plan.keep), [], _last_uses(plan)
+        for i, (eqn, found) in enumerate(zip(body.eqns, plan.steps)):
+            operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
+            if found and found[2].forward:
+                with jc.equation_context(eqn):
+                    outs, extra = found[2].forward(*operands)
+                extras.append(extra)
+            else:
+                outs = jc.bind(eqn, operands)
+            env.update(zip(eqn.outvars, outs))
+            for v in last.get(i, ()):
+                if v not in keep:
+                    env.pop(v, None)
+        outs = [env[v] if jc.is_var(v) else v.val for v in body.outvars]
+        return outs, Kept(tuple(env[v] for v in plan.keep), tuple(extras))
+
+    def backward(self, plan: Plan, kept: Kept, cotangents) -> list:
+        """Cotangents of the jaxpr's inputs, `ct.ZERO` where nothing flows."""
+        body = jc.open_jaxpr(plan.jaxpr)
+        values, extras = dict(zip(plan.keep, kept.values)), list(kept.extras)
+        acc: dict = {}
+        for v, dout, w in zip(body.outvars, cotangents, plan.wanted):
+            if w and jc.is_var(v):
+                acc[v] = ct.add(acc.get(v, ct.ZERO), dout)
+        for eqn, found in zip(reversed(body.eqns), reversed(plan.steps)):
+            if not found:
+                continue
+            site, rule, step = found
+            extra = extras.pop() if step.forward else None
+            douts = [acc.pop(v, ct.ZERO) for v in eqn.outvars]
+            if all(map(ct.is_zero, douts)):
+                continue
+            atoms = (*eqn.invars, *eqn.outvars)
+            wants = [values[atoms[i]] if jc.is_var(atoms[i]) else atoms[i].val for i in step.keep]
+            with jc.backward_context(eqn):
+                for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):
+                    if not ct.is_zero(din):
+                        acc[v] = ct.add(acc.get(v, ct.ZERO), din)
+        return [acc.get(v, ct.ZERO) for v in body.invars]
+
+
+def _pull(site, rule, step, kept, extra, douts):
+    """One rule across the boundary: zeros filled in before, every cotangent checked after."""
+    if not rule.takes_zeros:
+        douts = [
+            ct.dense(d, a) if jc.differentiable(a) else d for d, a in zip(douts, site.out_avals)
+        ]
+    dins = list(step.backward(kept, extra, douts))
+    ct.check_count(rule, dins, len(site.in_avals))
+    return [
+        ct.fit(d, aval, site, rule, i) if r else ct.ZERO
+        for i, (d, aval, r) in enumerate(zip(dins, site.in_avals, site.reached))
+    ]
+
+
+def _last_uses(plan):
+    """Index of an equation -> variables that are dead after it, so that eager memory is freed."""
+    if not hasattr(plan, "last_uses"):
+        body = jc.open_jaxpr(plan.jaxpr)
+        last = {}
+        for i, eqn in enumerate(body.eqns):
+            last.update((v, i) for v in (*eqn.invars, *eqn.outvars) if jc.is_var(v))
+        for v in body.outvars:
+            if jc.is_var(v):
+                last.pop(v, None)
+        plan.last_uses = {}
+        for v, i in last.items():
+            plan.last_uses.setdefault(i, []).append(v)
+    return plan.last_uses
+
+
+# Inner jaxprs are objects that JAX itself reuses from call to call, so these are found again.
+@functools.lru_cache(2048)
+def _flow(engine, jaxpr, active, path):
+    return Flow(engine, jaxpr, active, path)
+
+
+@functools.lru_cache(2048)
+def _plan(engine, jaxpr, active, wanted, path):
+    return Plan(Flow(engine, jaxpr, active, path), wanted)

@@ -1,0 +1,118 @@
+"""Everything fbprop needs of JAX that is not public API or differs between versions.
+
+Tested with jax 0.10.2 (Python 3.11) and jax 0.12.0.1 (Python 3.12). Nothing else in fbprop
+touches an attribute of a jaxpr that is not used here, so a new JAX release is met in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import jax
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+source_info_util.register_exclusion(__file__.rsplit("/", 1)[0])
+
+Var, Literal, DropVar = jex.Var, jex.Literal, jex.DropVar
+
+
+def open_jaxpr(jaxpr):
+    """The part with ``constvars, invars, eqns, outvars``; jax 0.10 wraps it in a ClosedJaxpr."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def consts_of(jaxpr):
+    """Values bound to ``constvars``; an open jaxpr (0.10's ``remat2`` parameter) has none."""
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
+def out_avals(jaxpr):
+    return [v.aval for v in open_jaxpr(jaxpr).outvars]
+
+
+def in_avals(jaxpr):
+    return [v.aval for v in open_jaxpr(jaxpr).invars]
+
+
+def is_var(atom):
+    return not isinstance(atom, Literal)
+
+
+def differentiable(aval):
+    """Whether values of this type have a tangent space: floats and complex numbers do."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.inexact)
+
+
+def bind(eqn, operands):
+    """Evaluate one equation as it stands; returns the list of its results.
+
+    Source line, name stack and context (mesh, compute type, ...) are the equation's own, so errors,
+    profiles and outer transformations see the user's code rather than fbprop's.
+    """
+    with equation_context(eqn):
+        out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def equation_context(eqn):
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def source_line(eqn):
+    """``file:line:column (function)`` of the user's code that made this equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def scope(eqn):
+    """Named scopes of an equation as ``"encoder/dense"``: marks of transformations removed."""
+    stack = str(eqn.source_info.name_stack)
+    while (bare := re.sub(r"\w+\(([^()]*)\)", r"\1", stack)) != stack:
+        stack = bare
+    return "/".join(part for part in stack.split("/") if part)
+
+
+def sub_jaxprs(params):
+    """Every jaxpr among an equation's parameters, by parameter name and position."""
+    for name, value in params.items():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(open_jaxpr(item), "eqns"):
+                yield name, item
+
+
+def scan_sizes(params):
+    """(number of constants, number of carried values) of a ``scan`` equation."""
+    if "num_consts" in params:  # jax 0.10
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12
+    return len(consts), len(carry)
+
+
+@contextlib.contextmanager
+def backward_context(eqn):
+    """Backward work carries its equation's source line and, marked, its scope, as JAX's does."""
+    info = eqn.source_info
+    with source_info_util.transform_name_stack("transpose"):
+        stack = source_info_util.current_name_stack() + info.name_stack
+        with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+            yield
+
+
+def is_sharded(eqn):
+    """Whether a ``jit`` equation prescribes where its operands or results lie."""
+    prescribed = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    return any(isinstance(s, jax.sharding.Sharding) for s in prescribed)
+
+
+def constrain(values, shardings):
+    """Put values where a ``jit`` equation prescribes them."""
+    return [
+        jax.lax.with_sharding_constraint(v, s) if isinstance(s, jax.sharding.Sharding) else v
+        for v, s in zip(values, shardings)
+    ]

@@ -1,0 +1,319 @@
+"""`vjp`, `grad` and `value_and_grad`: trace a function, sweep forward, sweep backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.dtypes import float0
+from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from fbprop import cotangent as ct
+from fbprop import rules as _rules
+from fbprop.engine import Engine
+from fbprop.jaxcompat import differentiable, out_avals
+from fbprop.table import Table
+
+
+def vjp(fun: Callable, *primals, has_aux: bool = False, rules: Table | None = None,
+        fallback: str | None = None):
+    """Value of a function and its pullback, as `jax.vjp`, by fbprop's table of rules.
+
+    The function is traced: Python control flow on the values of ``primals`` needs `jax.lax.cond`
+    and its kin, as under `jax.jit`.
+
+    Args:
+      fun: pure function of pytrees of arrays, returning a pytree of arrays.
+      *primals: where to evaluate and differentiate it. Leaves of integer or boolean dtype are
+        allowed; their cotangents are of dtype `jax.dtypes.float0`.
+      has_aux: ``fun`` returns ``(out, aux)``, of which only ``out`` is differentiated.
+      rules: the table of rules; default `fbprop.table` with what was registered.
+      fallback: ``"jax"`` lets JAX differentiate primitives that have no rule; None: they raise.
+
+    Returns:
+      ``(out, pullback)``, or ``(out, pullback, aux)``. ``pullback`` maps a cotangent with the
+      structure, shapes and dtypes of ``out`` to the tuple of cotangents of ``primals``. It is a
+      pytree: it may be returned from and passed to jitted functions.
+
+    Raises:
+      TypeError: ``fun`` is not callable, a leaf is not an array, or ``has_aux`` without a pair.
+      MissingRule: a differentiated value passes through a primitive that has no rule.
+
+    Example:
+      >>> import fbprop, jax.numpy as jnp
+      >>> y, pullback = fbprop.vjp(jnp.sin, 0.0)
+      >>> float(y), float(pullback(1.0)[0])
+      (0.0, 1.0)
+    """
+    if not callable(fun):
+        raise TypeError(f"vjp differentiates a function, got {fun!r} expected a callable.")
+    engine = Engine(_rules.current() if rules is None else _checked(rules), _checked_fallback(fallback))
+    leaves, in_tree = tree_flatten(primals)
+    leaves = [_as_value(x) for x in leaves]
+    jaxpr, out_tree, aux, n_out = _trace(fun, in_tree, leaves, has_aux)
+    in_avals, avals = [jax.typeof(x) for x in leaves], out_avals(jaxpr)[:n_out]
+    active = tuple(differentiable(a) for a in in_avals)
+    wanted = tuple(i < n_out for i in range(len(out_avals(jaxpr))))
+    plan = engine.plan_once(jaxpr, active, wanted)
+    outs, kept = engine.forward(plan, leaves)
+    pullback = Pullback(kept, (engine, plan, in_tree, out_tree, tuple(in_avals), tuple(avals)))
+    out = tree_unflatten(out_tree, outs[:n_out])
+    return (out, pullback, aux(outs[n_out:])) if has_aux else (out, pullback)
+
+
+def _trace(fun, in_tree, leaves, has_aux):
+    """Jaxpr of ``fun`` over flat leaves; results first, then the array leaves of ``aux``."""
+    seen = {}
+
+    def flat(*values):
+        out = fun(*tree_unflatten(in_tree, values))
+        aux = ()
+        if has_aux:
+            if not (isinstance(out, (tuple, list)) and len(out) == 2):
+                raise TypeError(
+                    "With has_aux=True the function returns a pair (out, aux), got "
+                    f"{type(out).__name__} expected a tuple of length 2."
+                )
+            out, aux = out
+        outs, seen["out_tree"] = tree_flatten(out)
+        extras, seen["aux_tree"] = tree_flatten(aux)
+        seen["n_out"] = len(outs)
+        # What is not an array in aux (a string, say) is handed back as it is.
+        seen["static"] = [None if _is_array(x) else (x,) for x in extras]
+        return [*outs, *(x for x in extras if _is_array(x))]
+
+    jaxpr = jax.make_jaxpr(flat)(*leaves)
+
+    def rebuild(arrays):
+        arrays = iter(arrays)
+        leaves = [next(arrays) if s is None else s[0] for s in seen["static"]]
+        return tree_unflatten(seen["aux_tree"], leaves)
+
+    return jaxpr, seen["out_tree"], rebuild, seen["n_out"]
+
+
+def _is_array(x):
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+
+
+def _as_value(x):
+    """A leaf as JAX sees it; tracers and arrays as they are, Python and NumPy numbers converted."""
+    if isinstance(x, jax.Array):
+        return x
+    if not _is_array(x) and not hasattr(x, "__jax_array__"):
+        raise TypeError(
+            f"Differentiated arguments are pytrees of arrays, got a leaf {x!r} of type "
+            f"{type(x).__name__}, which is not a valid JAX type."
+        )
+    return jnp.asarray(x)
+
+
+def _checked(rules):
+    if not isinstance(rules, Table):
+        raise TypeError(
+            f"rules is a table, got {type(rules).__name__} expected fbprop.Table: start from "
+            "fbprop.table.override(...)."
+        )
+    return rules
+
+
+def _checked_fallback(fallback):
+    if fallback not in (None, "jax"):
+        raise ValueError(f"fallback says who differentiates primitives without a rule, got "
+                         f"{fallback!r} expected None or 'jax'.")
+    return fallback
+
+
+@jax.tree_util.register_pytree_node_class
+class Pullback:
+    """The backward sweep of one `vjp` call, with what its forward sweep kept.
+
+    A pytree whose leaves are the kept arrays; everything else about it is static.
+    """
+
+    def __init__(self, kept, static):
+        self.kept, self._static = kept, static
+
+    def tree_flatten(self):
+        return (self.kept,), self._static
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, static)
+
+    @property
+    def plan(self):
+        """What was decided per equation: `fbprop.engine.Plan`."""
+        return self._static[1]
+
+    def __call__(self, cotangent) -> tuple:
+        """Cotangents of the primals, given one of the output."""
+        engine, plan, in_tree, out_tree, in_avals, avals = self._static
+        leaves, tree = tree_flatten(cotangent)
+        if tree != out_tree:
+            raise ValueError(
+                "Tree structure of cotangent input does not match structure of primal output: "
+                f"got {tree} expected {out_tree}."
+            )
+        douts = [_checked_cotangent(d, a) for d, a in zip(leaves, avals)]
+        douts += [ct.ZERO] * (len(plan.wanted) - len(douts))
+        dins = engine.backward(plan, self.kept, douts)
+        return tree_unflatten(in_tree, [_boundary(d, a) for d, a in zip(dins, in_avals)])
+
+    def __repr__(self):
+        n = sum(x.size * x.dtype.itemsize for x in tree_leaves(self.kept))
+        return f"<fbprop pullback keeping {n} bytes>"
+
+
+def _checked_cotangent(d, aval):
+    if not differentiable(aval):
+        if jnp.shape(d) == aval.shape and getattr(d, "dtype", None) in (float0, aval.dtype):
+            return ct.ZERO
+        expected = f"float0{list(aval.shape)}"
+    else:
+        d = _as_value(d)
+        got = jax.typeof(d)
+        if got.shape == aval.shape and (got.dtype == aval.dtype or got.weak_type):
+            return d.astype(aval.dtype) if got.dtype != aval.dtype else d
+        expected = aval.str_short()
+    raise ValueError(
+        "A cotangent has the shape and dtype of the output, got an unexpected JAX type for "
+        f"argument to vjp function: {jax.typeof(d).str_short()} expected {expected}."
+    )
+
+
+def _boundary(d, aval):
+    if differentiable(aval):
+        return ct.dense(d, aval)
+    return np.zeros(aval.shape, float0)
+
+
+def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False,
+                   holomorphic: bool = False, allow_int: bool = False, *,
+                   rules: Table | None = None, fallback: str | None = None) -> Callable:
+    """A function that returns ``fun``'s value and gradient, as `jax.value_and_grad`.
+
+    Args:
+      fun: returns a scalar (or ``(scalar, aux)`` with ``has_aux``).
+      argnums: which positional argument(s) to differentiate.
+      has_aux: ``fun`` returns ``(scalar, aux)``; the result is then ``((scalar, aux), gradient)``.
+      holomorphic: ``fun`` is holomorphic; inputs and output are complex.
+      allow_int: accept integer and boolean inputs, whose gradient is of dtype float0.
+      rules, fallback: see `vjp`.
+
+    Returns:
+      A function of ``fun``'s arguments returning ``(value, gradient)``; the gradient has the
+      structure, shapes and dtypes of the argument(s), a tuple of them for a sequence ``argnums``.
+
+    Raises:
+      TypeError: ``fun`` returns something else than a real scalar, or an input is not
+        real-valued (see ``holomorphic``, ``allow_int``).
+
+    Example:
+      >>> import fbprop, jax.numpy as jnp
+      >>> value, gradient = fbprop.value_and_grad(lambda x: jnp.sum(x ** 2))(jnp.array([1.0, 2.0]))
+      >>> float(value), gradient.tolist()
+      (5.0, [2.0, 4.0])
+    """
+    if not callable(fun):
+        raise TypeError(f"value_and_grad differentiates a function, got {fun!r} expected a callable.")
+    several = not isinstance(argnums, (int, np.integer))
+    numbers = tuple(argnums) if several else (int(argnums),)
+
+    @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def value_and_gradient(*args, **kwargs):
+        chosen = _positions(numbers, args)
+
+        def of_chosen(*values):
+            full = list(args)
+            for i, value in zip(chosen, values):
+                full[i] = value
+            return fun(*full, **kwargs)
+
+        primals = [args[i] for i in chosen]
+        for leaf in tree_leaves(primals):
+            _check_input(_as_value(leaf).dtype, holomorphic, allow_int)
+        value, pullback, *aux = vjp(
+            of_chosen, *primals, has_aux=has_aux, rules=rules, fallback=fallback
+        )
+        gradient = pullback(_one(value, holomorphic))
+        return (value, *aux) if has_aux else value, gradient if several else gradient[0]
+
+    return value_and_gradient
+
+
+def grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False,
+         holomorphic: bool = False, allow_int: bool = False, *, rules: Table | None = None,
+         fallback: str | None = None) -> Callable:
+    """A function that returns ``fun``'s gradient, as `jax.grad`; see `value_and_grad`.
+
+    Returns:
+      A function of ``fun``'s arguments returning the gradient, or ``(gradient, aux)``.
+
+    Example:
+      >>> import fbprop, jax.numpy as jnp
+      >>> float(fbprop.grad(jnp.tanh)(0.0))
+      1.0
+    """
+    both = value_and_grad(
+        fun, argnums, has_aux, holomorphic, allow_int, rules=rules, fallback=fallback
+    )
+
+    @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def gradient(*args, **kwargs):
+        value, result = both(*args, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return gradient
+
+
+def _positions(numbers, args):
+    for n in numbers:
+        if not -len(args) <= n < len(args):
+            raise ValueError(
+                f"differentiating with respect to argnums={numbers} requires at least "
+                f"{max(n + 1, -n)} positional arguments to be passed by the caller, but got only "
+                f"{len(args)} positional arguments."
+            )
+    return [n % len(args) for n in numbers]
+
+
+def _check_input(dtype, holomorphic, allow_int):
+    if holomorphic:
+        if not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"grad with holomorphic=True requires inputs with complex dtype, but got {dtype.name}."
+            )
+    elif not jnp.issubdtype(dtype, jnp.inexact) and not allow_int:
+        raise TypeError(
+            "grad requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
+            f"np.inexact), but got {dtype.name}. If you want to use Boolean- or integer-valued "
+            "inputs, use vjp or set allow_int to True."
+        )
+
+
+def _one(value, holomorphic):
+    """The cotangent 1 of a scalar loss, or what is wrong with the loss."""
+    leaves = tree_leaves(value)
+    if len(leaves) != 1 or not isinstance(value, jax.Array):
+        raise TypeError(f"Gradient only defined for scalar-output functions. Output was {value}.")
+    if value.shape != ():
+        raise TypeError(
+            f"Gradient only defined for scalar-output functions. Output had shape: {value.shape}."
+        )
+    if holomorphic and not jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            "grad with holomorphic=True requires outputs with complex dtype, but got "
+            f"{value.dtype.name}."
+        )
+    if not holomorphic and not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "grad requires real-valued outputs (output dtype that is a sub-dtype of np.floating), "
+            f"but got {value.dtype.name}. For holomorphic differentiation, pass holomorphic=True; "
+            "for other complex or integer outputs, use vjp."
+        )
+    return jnp.ones((), value.dtype)

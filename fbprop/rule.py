@@ -1,0 +1,267 @@
+"""What a rule is, and the kinds of rule: one registration each.
+
+A rule tells how the cotangent of an equation's result becomes cotangents of its operands. On the
+page it is a name, its mathematics, and one *pullback* per operand, whose **parameter names declare
+what is kept** from the forward pass::
+
+    rule("div", "y = a / b;  ā = ȳ / b,  b̄ = −ȳ y / b",
+         a=lambda dy, b: dy / b,
+         b=lambda dy, b, out: -dy * out / b)
+
+* the first parameter is the result's cotangent: ``dy``, or ``dys`` for the tuple of all results';
+* the others are operand names (the keywords above, in operand order) or ``out``, the result:
+  these values, and no others, are kept for the backward pass, once, while the operand is active;
+* keyword-only parameters are the primitive's parameters, or static types: ``<operand>_aval``,
+  ``out_aval``.
+
+Everything else about cotangents (zeros, sums, broadcasting, checks) is the engine's business.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fbprop.jaxcompat import differentiable, source_line
+
+
+class Site:
+    """One equation as a rule sees it before anything runs: types, parameters, what is wanted.
+
+    Attributes:
+      name: the primitive's name.     params: its parameters.
+      in_avals, out_avals: types of operands and results (``.shape``, ``.dtype``).
+      active: per operand, whether a differentiated input reaches it.
+      wanted: per result, whether its cotangent can be other than zero.
+      path: named scopes around it, ``"encoder/dense"``.
+      engine: the two sweeps, for rules about equations that contain other equations.
+    """
+
+    def __init__(self, eqn, path, active, engine):
+        self.eqn, self.path, self.active, self.engine = eqn, path, active, engine
+        self.name, self.params = eqn.primitive.name, eqn.params
+        self.wanted = (True,) * len(eqn.outvars)
+
+    @property
+    def in_avals(self):
+        return [v.aval for v in self.eqn.invars]
+
+    @property
+    def out_avals(self):
+        return [v.aval for v in self.eqn.outvars]
+
+    def location(self):
+        """Where the user wrote it, as the end of a sentence."""
+        path = f", path {self.path!r}" if self.path else ""
+        return f" (at {source_line(self.eqn)}{path})"
+
+
+class Step(NamedTuple):
+    """What a rule decided for one equation: the engine runs this and nothing else.
+
+    keep: indices into (*operands, *results) of the values to keep.
+    backward: (kept values, extra, result cotangents) -> one cotangent (or None) per operand.
+    forward: (*operands) -> (results, extra), or None to evaluate the equation as it stands;
+      ``extra`` is a pytree of arrays kept besides ``keep``.
+    """
+
+    keep: tuple[int, ...]
+    backward: Callable
+    forward: Callable | None = None
+
+
+class Rule:
+    """Base of all rules; a kind of rule overrides the three questions the engine asks."""
+
+    broadcasts = False
+    takes_zeros = False  # result cotangents may be ZERO; otherwise they are filled in
+
+    def __init__(self, name: str, math: str, source: Callable | None = None):
+        self.name, self.math, self._source = name, " ".join(math.split()), source
+
+    @property
+    def where(self) -> str:
+        """``file:line`` of the rule."""
+        code = getattr(self._source, "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else type(self).__name__
+
+    def keeps(self) -> str:
+        """What is kept, in words, for the rule book."""
+        return "nothing"
+
+    def declared(self, site: Site) -> tuple[int, ...] | None:
+        """Indices into (*operands, *results) of what is kept; None if it is not among them."""
+        return None
+
+    def active_out(self, site: Site) -> tuple[bool, ...]:
+        """Which results depend differentiably on the active operands."""
+        return tuple(differentiable(a) for a in site.out_avals)
+
+    def reached(self, site: Site) -> tuple[bool, ...]:
+        """Which operands can get a cotangent, given ``site.wanted``."""
+        return site.active
+
+    def prepare(self, site: Site) -> Step:
+        raise NotImplementedError
+
+    def __repr__(self):
+        return f"<fbprop rule {self.name!r}: {self.math}>"
+
+
+class NoGradient(Rule):
+    """The result does not depend differentiably on any operand."""
+
+    def active_out(self, site):
+        return (False,) * len(site.out_avals)
+
+
+class Pullbacks(Rule):
+    """One pullback per operand; parameter names declare what is kept."""
+
+    def __init__(self, name, math, pullbacks: dict[str, Callable | None], broadcasts=False):
+        super().__init__(name, math, next((f for f in pullbacks.values() if f), None))
+        self.operands, self.broadcasts = tuple(pullbacks), broadcasts
+        self._index = {op: i for i, op in enumerate((*pullbacks, "out"))}
+        self._pullbacks = [f and _Pullback(f, self.operands) for f in pullbacks.values()]
+
+    def keeps(self):
+        each = [f"{op}: {', '.join(p.keeps) or 'nothing'}" for op, p in self._by_operand() if p]
+        return each[0].partition(": ")[2] if len(each) == 1 else "; ".join(each) or "nothing"
+
+    def _by_operand(self):
+        return zip(self.operands, self._pullbacks)
+
+    def reached(self, site):
+        if len(site.active) != len(self.operands):
+            raise TypeError(
+                f"A rule names every operand of its primitive, got {len(self.operands)} "
+                f"({', '.join(self.operands)}) expected {len(site.active)} for {site.name!r}: give "
+                f"the missing ones, None for those without gradient ({self.where})."
+            )
+        return tuple(a and p is not None for a, p in zip(site.active, self._pullbacks))
+
+    def declared(self, site):
+        reached = zip(self._pullbacks, self.reached(site))
+        return tuple(sorted({self._index[k] for p, r in reached if p and r for k in p.keeps}))
+
+    def prepare(self, site):
+        keep = self.declared(site)
+        calls = [
+            p and r and (p, [keep.index(self._index[k]) for k in p.keeps], p.statics(self, site))
+            for p, r in zip(self._pullbacks, self.reached(site))
+        ]
+
+        def backward(kept, _, douts):
+            return [c[0](douts, [kept[i] for i in c[1]], c[2]) if c else None for c in calls]
+
+        return Step(keep, backward)
+
+
+class _Pullback:
+    """A pullback with its signature read once."""
+
+    def __init__(self, fun, operands):
+        parameters = inspect.signature(fun).parameters.values()
+        first, *rest = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        self.fun, self.all_results, self.keeps = fun, first == "dys", tuple(rest)
+        self._statics = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if unknown := [k for k in self.keeps if k not in (*operands, "out")]:
+            raise TypeError(
+                f"A pullback's parameters are its cotangent, operands or 'out', got {unknown[0]!r} "
+                f"expected one of {(*operands, 'out')}: make parameters of the primitive "
+                "keyword-only."
+            )
+
+    def statics(self, rule, site) -> dict[str, Any]:
+        known = dict(site.params, out_aval=site.out_avals[0])
+        known.update({f"{op}_aval": a for op, a in zip(rule.operands, site.in_avals)})
+        values = {name: known.get(name, default) for name, default in self._statics}
+        if missing := [n for n, v in values.items() if v is inspect.Parameter.empty]:
+            raise TypeError(
+                f"A pullback asks only for parameters its primitive has, got {missing[0]!r} "
+                f"expected one of {sorted(known)} in the rule for {rule.name!r} ({rule.where})."
+            )
+        return values
+
+    def __call__(self, douts, kept, statics):
+        return self.fun(tuple(douts) if self.all_results else douts[0], *kept, **statics)
+
+
+class Pair(Rule):
+    """A rule over all operands at once, which may compute something extra in the forward.
+
+    backward: ``(site, kept, *result cotangents) -> one cotangent or None per operand``.
+    forward: ``(site, *operands) -> (results, kept)``; without it the equation runs as it stands
+    and ``kept`` is the tuple of values at ``keep(site)``, indices into (*operands, *results).
+    """
+
+    def __init__(self, name, math, backward, forward=None, keep=lambda site: (), keeps=None):
+        super().__init__(name, math, backward)
+        self._backward, self._forward, self._keep, self._keeps = backward, forward, keep, keeps
+
+    def keeps(self):
+        return self._keeps or "nothing"
+
+    def declared(self, site):
+        return tuple(self._keep(site)) if self._forward is None else None
+
+    def prepare(self, site):
+        if self._forward is None:
+            return Step(
+                self.declared(site), lambda kept, _, douts: self._backward(site, kept, *douts)
+            )
+        return Step(
+            (),
+            lambda _, extra, douts: self._backward(site, extra, *douts),
+            lambda *operands: self._forward(site, *operands),
+        )
+
+
+def rule(name: str, math: str = "", /, **pullbacks: Callable | None) -> Rule:
+    """A rule with one pullback per operand, in operand order; None for an operand without gradient.
+
+    Args:
+      name: the primitive's name as it stands in a jaxpr (``"tanh"``), or a library function's
+        (``"jax.nn.relu"``).
+      math: the forward and backward formula, what is kept and why, and the value at a kink.
+      **pullbacks: ``operand=lambda dy, ...``; see this module's docstring for parameter names.
+
+    Returns:
+      A `Rule`, to be put in a table: `fbprop.register` or `fbprop.table.override`.
+
+    Raises:
+      TypeError: if a pullback asks for a value that is neither operand nor ``out``.
+
+    Example:
+      >>> import fbprop, jax.numpy as jnp
+      >>> straight_through = fbprop.rule("round", "y = round x;  x̄ = ȳ", x=lambda dy: dy)
+      >>> float(fbprop.grad(jnp.round, rules=fbprop.table.override(straight_through))(1.3))
+      1.0
+    """
+    return Pullbacks(name, math, pullbacks)
+
+
+def broadcasting(name, math, /, **pullbacks):
+    """Like `rule`, for primitives whose operands may be scalars or have size-1 dimensions."""
+    return Pullbacks(name, math, pullbacks, broadcasts=True)
+
+
+def elementwise(name, math, pullback):
+    """One operand, ``x``, same shape as the result."""
+    return Pullbacks(name, math, {"x": pullback})
+
+
+def linear(name, math, pullback):
+    """One operand, ``x``, in which the result is linear: nothing but its type is ever needed."""
+    return Pullbacks(name, math, {"x": pullback})
+
+
+def pair(name, math, backward, forward=None, keep=lambda site: (), keeps=None):
+    """All operands at once, optionally with a forward that keeps more: see `Pair`."""
+    return Pair(name, math, backward, forward, keep, keeps)
+
+
+def no_gradient(reason, *names):
+    """One rule per name: results do not depend differentiably on operands."""
+    return [NoGradient(name, reason) for name in names]

@@ -1,0 +1,57 @@
+"""The hand-written rules by family, and the table they make."""
+
+from __future__ import annotations
+
+from fbprop.rule import Rule
+from fbprop.rules import (
+    arithmetic,
+    collective,
+    complex_numbers,
+    contraction,
+    control,
+    convolution,
+    cumulative,
+    elementwise,
+    indexing,
+    linalg,
+    loop,
+    ordering,
+    reduction,
+    shape,
+    special,
+    window,
+)
+from fbprop.table import Table
+
+FAMILIES = (
+    elementwise, arithmetic, shape, reduction, contraction, convolution, window, cumulative,
+    indexing, ordering, special, complex_numbers, linalg, control, loop, collective,
+)
+
+table = Table(rule for family in FAMILIES for rule in family.RULES)
+_current = table
+
+
+def current() -> Table:
+    """The default table: the built-in rules and what was registered."""
+    return _current
+
+
+def register(*rules: Rule) -> None:
+    """Add rules to the default table, for primitives of your own or in place of built-in ones.
+
+    Functions that were already jitted keep the rules they were traced with; to change a single
+    call, pass ``rules=fbprop.table.override(...)`` to it instead.
+
+    Args:
+      *rules: from `fbprop.rule` and its kin.
+
+    Raises:
+      TypeError: for something that is not a rule.
+
+    Example:
+      >>> import fbprop
+      >>> fbprop.register(fbprop.rule("my_primitive", "y = 2 x;  x̄ = 2 ȳ", x=lambda dy: 2 * dy))
+    """
+    global _current
+    _current = _current.override(*rules)

@@ -1,0 +1,3 @@
+"""Rules for communication between devices."""
+
+RULES = []

@@ -1,0 +1,3 @@
+"""Rules for complex numbers and Fourier transforms."""
+
+RULES = []

@@ -1,0 +1,363 @@
+"""Rules for equations that contain other equations: jit, cond, while, remat, custom derivatives.
+
+Each asks the engine for the two halves of its inner jaxprs (`fbprop.halves`) and runs them the way
+the equation itself runs. ``scan`` has a file of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+
+from fbprop import cotangent as ct
+from fbprop import jaxcompat as jc
+from fbprop.halves import evaluate, halves
+from fbprop.library import jvp_jaxpr
+from fbprop.rule import Rule, Step
+
+
+class Call(Rule):
+    """An equation that calls one inner jaxpr on its operands."""
+
+    takes_zeros = True
+
+    def __init__(self, name, math, key="jaxpr"):
+        super().__init__(name, math, type(self).prepare)
+        self.key = key
+
+    def inner(self, site):
+        return site.params[self.key]
+
+    def keeps(self):
+        return "what the rules inside keep"
+
+    def active_out(self, site):
+        return site.engine.flow(self.inner(site), site.active, site.path).active_out
+
+    def reached(self, site):
+        flow = site.engine.flow(self.inner(site), site.active, site.path)
+        reached = flow.reach(site.wanted)
+        return tuple(v in reached for v in jc.open_jaxpr(self.inner(site)).invars)
+
+    def halves(self, site):
+        return halves(site.engine, self.inner(site), site.active, site.wanted, site.path)
+
+    def prepare(self, site):
+        both = self.halves(site)
+        return Step(
+            both.borrowed(),
+            lambda kept, new, douts: both.backward(both.leaves(kept, new), douts),
+            both.forward,
+        )
+
+
+class Jit(Call):
+    """A compiled call stays one compiled call in either direction."""
+
+    def prepare(self, site):
+        jitted = _jitted(self.halves(site), *_prescribed(site.eqn))
+        both, forward, backward = jitted
+        return Step(
+            both.borrowed(),
+            lambda kept, new, douts: backward(both.leaves(kept, new), list(douts)),
+            forward,
+        )
+
+
+def _prescribed(eqn):
+    return eqn.params["in_shardings"], eqn.params["out_shardings"]
+
+
+@functools.lru_cache(1024)
+def _jitted(both, in_shardings, out_shardings):
+    def forward(*args):
+        outs, new = both.forward(*jc.constrain(args, in_shardings))
+        return jc.constrain(outs, out_shardings), new
+
+    return both, jax.jit(forward), jax.jit(both.backward)
+
+
+class Cond(Rule):
+    """The branch taken forward is the branch taken backward; its kept leaves share storage.
+
+    Branches keep different things. Each leaf gets a slot of its type, as few slots as the most
+    demanding branch needs; the branches that do not use a slot fill it with zeros.
+    """
+
+    takes_zeros = True
+
+    def __init__(self):
+        super().__init__("cond", "y = branch_i(x);  x̄ = branch_iᵀ(ȳ)", type(self).prepare)
+
+    def keeps(self):
+        return "the branch index and what the rules in the branches keep"
+
+    def _flows(self, site):
+        return [site.engine.flow(b, site.active[1:], site.path) for b in site.params["branches"]]
+
+    def active_out(self, site):
+        return tuple(map(any, zip(*(flow.active_out for flow in self._flows(site)))))
+
+    def reached(self, site):
+        each = []
+        for flow in self._flows(site):
+            reached = flow.reach(site.wanted)
+            each.append([v in reached for v in jc.open_jaxpr(flow.jaxpr).invars])
+        return (False, *map(any, zip(*each)))
+
+    def prepare(self, site):
+        branches = [
+            halves(site.engine, b, site.active[1:], site.wanted, site.path)
+            for b in site.params["branches"]
+        ]
+        borrowed = sorted({i for b in branches for i in b.borrowed()})
+        slots, layouts = _slots([[_type(v) for v in b.new] for b in branches])
+        reached = site.reached[1:]
+        avals = site.in_avals[1:]
+
+        def forward(index, *operands):
+            def run(both, layout):
+                def branch(*operands):
+                    outs, new = both.forward(*operands)
+                    filled = [ct.dense(ct.ZERO, aval) for aval in slots]
+                    for slot, value in zip(layout, new):
+                        filled[slot] = value
+                    return outs, filled
+
+                return branch
+
+            return lax.switch(index, [*map(run, branches, layouts)], *operands)
+
+        def backward(kept, filled, douts):
+            index, *values = kept
+            at = dict(zip(borrowed, values))
+
+            def run(both, layout):
+                def branch(at, filled, douts):
+                    leaves = both.leaves(
+                        [at[i] for i in both.borrowed()], [filled[slot] for slot in layout]
+                    )
+                    dins = both.backward(leaves, douts)
+                    return [ct.dense(d, a) for d, a, r in zip(dins, avals, reached) if r]
+
+                return branch
+
+            dins = iter(
+                lax.switch(index, [*map(run, branches, layouts)], at, filled, list(douts))
+            )
+            return [None, *(next(dins) if r else None for r in reached)]
+
+        return Step((0, *(i + 1 for i in borrowed)), backward, forward)
+
+
+def _type(atom):
+    return atom.aval.strip_weak_type()
+
+
+def _slots(types_per_branch):
+    """(types of the shared slots, per branch the slot of each of its leaves)."""
+    slots, layouts = [], []
+    for types in types_per_branch:
+        free, layout = list(range(len(slots))), []
+        for t in types:
+            slot = next((i for i in free if slots[i] == t), None)
+            if slot is None:
+                slot = len(slots)
+                slots.append(t)
+            else:
+                free.remove(slot)
+            layout.append(slot)
+        layouts.append(layout)
+    return slots, layouts
+
+
+class While(Rule):
+    """The number of steps is known only when they have run, so nothing can be kept for going back."""
+
+    def __init__(self):
+        super().__init__(
+            "while",
+            "No gradient passes: the number of steps is not static. Forward only is fine.",
+            type(self).prepare,
+        )
+
+    def active_out(self, site):
+        consts = site.params["cond_nconsts"]
+        body = consts + site.params["body_nconsts"]
+        carry = site.active[body:]
+        while True:
+            out = site.engine.flow(
+                site.params["body_jaxpr"], (*site.active[consts:body], *carry), site.path
+            ).active_out
+            grown = tuple(a or b for a, b in zip(carry, out))
+            if grown == carry:
+                return carry
+            carry = grown
+
+    def prepare(self, site):
+        raise ValueError(
+            "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
+            f"dynamic start/stop values{site.location()}: use lax.scan, or lax.fori_loop with "
+            "static start/stop."
+        )
+
+
+class Remat(Call):
+    """Keep what the policy names and the operands; compute the rest again going backward."""
+
+    def keeps(self):
+        return "its operands and what its policy saves"
+
+    def prepare(self, site):
+        both = self.halves(site)
+        saved = _policy_saves(both.body, site.params["policy"])
+        n = len(site.in_avals)
+
+        def forward(*operands):
+            values = evaluate(both.body, operands, [*both.outs, *saved])
+            return values[: both.n_out], values[both.n_out :]
+
+        def backward(kept, saved_values, douts):
+            operands, saved_values = kept[:n], saved_values or []
+            if site.params["prevent_cse"]:
+                # Ties the second computation to the cotangents: without it XLA would find that it
+                # is the first one again, and keep everything after all.
+                operands, saved_values, douts = lax.optimization_barrier(
+                    (operands, saved_values, douts)
+                )
+            known = dict(zip(saved, saved_values))
+            new = evaluate(both.body, operands, both.new, known)
+            at = (*operands, *kept[n:])
+            return both.backward(both.leaves([at[i] for i in both.borrowed()], new), douts)
+
+        results = [i for i in both.borrowed() if i >= n]
+        if not results and not saved:
+            return Step(tuple(range(n)), backward)
+        return Step((*range(n), *results), backward, forward)
+
+
+def _policy_saves(body, policy):
+    """Variables of the forward body that a `jax.checkpoint` policy says to save."""
+    if policy is None:
+        return []
+    saved = []
+    for eqn in jc.open_jaxpr(body).eqns:
+        decision = policy(eqn.primitive, *[v.aval for v in eqn.invars], **eqn.params)
+        # True, or an object that says to save or offload; False and "recompute" are neither.
+        if decision and type(decision).__name__ != "RecomputeType":
+            saved.extend(v for v in eqn.outvars)
+    return saved
+
+
+class CustomJVP(Call):
+    """The user's own derivative, transposed by this table's rules.
+
+    The jaxpr of (operands, tangents) -> (results, tangents) is linear in the tangents, so its
+    reverse sweep with respect to them, at any tangents, is the transpose.
+    """
+
+    def active_out(self, site):
+        return Rule.active_out(self, site)
+
+    def reached(self, site):
+        return site.active
+
+    def halves(self, site):
+        moving = tuple(a for a, v in zip(site.active, site.in_avals) if jc.differentiable(v))
+        wanted = tuple(w for w, v in zip(site.wanted, site.out_avals) if jc.differentiable(v))
+        return halves(
+            site.engine,
+            jvp_jaxpr(site.eqn),
+            (False,) * len(site.in_avals) + moving,
+            (False,) * len(site.out_avals) + wanted,
+            site.path,
+        )
+
+    def prepare(self, site):
+        both = self.halves(site)
+        n, n_out = len(site.in_avals), len(site.out_avals)
+        tangents = jc.in_avals(both.body)[n:]
+        results = [i for i, a in enumerate(site.out_avals) if jc.differentiable(a)]
+        moving = [i for i, a in enumerate(site.in_avals) if jc.differentiable(a)]
+
+        def forward(*operands):
+            zeros = [ct.dense(ct.ZERO, a) for a in tangents]
+            values = evaluate(both.body, (*operands, *zeros), [*both.outs[:n_out], *both.new])
+            return values[:n_out], values[n_out:]
+
+        def backward(kept, new, douts):
+            dots = [douts[i] for i in results]
+            dins = both.backward(both.leaves(kept, new), [ct.ZERO] * n_out + dots)
+            out = [None] * n
+            for i, d in zip(moving, dins[n:]):
+                out[i] = d
+            return out
+
+        # Linear in the tangents, so nothing kept is a tangent: the indices skip over them.
+        keep = tuple(i if i < n else i - len(tangents) for i in both.borrowed())
+        return Step(keep, backward, forward)
+
+
+class CustomVJP(Rule):
+    """The user's own rule: their ``fwd`` runs forward and says what is kept, their ``bwd`` backward."""
+
+    takes_zeros = True
+
+    def keeps(self):
+        return "what the user's fwd returns"
+
+    def prepare(self, site):
+        return jax_step(site)
+
+
+class Fallback(Rule):
+    """``fallback="jax"``: JAX differentiates the one equation that has no rule."""
+
+    takes_zeros = True
+
+    def keeps(self):
+        return "what JAX keeps"
+
+    def prepare(self, site):
+        return jax_step(site)
+
+
+def jax_step(site):
+    """Forward and backward of one equation by `jax.vjp`, on its active operands and wanted results."""
+    moving = [i for i, r in enumerate(site.reached) if r]
+
+    def forward(*operands):
+        def call(*moved):
+            values = list(operands)
+            for i, value in zip(moving, moved):
+                values[i] = value
+            outs = jc.bind(site.eqn, values)
+            return [o for o, w in zip(outs, site.wanted) if w], outs
+
+        _, pullback, outs = jax.vjp(call, *(operands[i] for i in moving), has_aux=True)
+        return outs, pullback
+
+    def backward(_, pullback, douts):
+        wanted = [
+            ct.dense(d, a) for d, a, w in zip(douts, site.out_avals, site.wanted) if w
+        ]
+        out = [None] * len(site.in_avals)
+        for i, d in zip(moving, pullback(wanted)):
+            out[i] = d
+        return out
+
+    return Step((), backward, forward)
+
+
+RULES = [
+    Jit("jit", "y = f(x) compiled;  x̄ = fᵀ(ȳ) compiled"),
+    Call("closed_call", "y = f(x);  x̄ = fᵀ(ȳ)", "call_jaxpr"),
+    Cond(),
+    While(),
+    Remat("remat2", "y = f(x);  f(x) again, then x̄ = fᵀ(ȳ)"),
+    CustomJVP("custom_jvp_call", "y = f(x), ẏ = J ẋ as the user gave it;  x̄ = Jᵀ ȳ", "call_jaxpr"),
+    CustomVJP("custom_vjp_call", "y, kept = fwd(x);  x̄ = bwd(kept, ȳ) as the user gave them"),
+    Fallback("fallback", "y = f(x);  x̄ by jax.vjp of this one equation"),
+]

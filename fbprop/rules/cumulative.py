@@ -1,0 +1,3 @@
+"""Rules for running sums, products and extrema."""
+
+RULES = []

@@ -1,0 +1,3 @@
+"""Rules for gather, scatter and dynamic slices."""
+
+RULES = []

@@ -1,0 +1,3 @@
+"""Rules for linear algebra."""
+
+RULES = []

@@ -1,0 +1,3 @@
+"""Rules for sorting and selecting."""
+
+RULES = []

@@ -1,0 +1,3 @@
+"""Rules for special functions."""
+
+RULES = []

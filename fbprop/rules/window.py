@@ -1,0 +1,3 @@
+"""Rules for windowed reductions: pooling."""
+
+RULES = []

@@ -1,0 +1,114 @@
+"""The table of rules: an immutable mapping from names to rules, and how a rule is found.
+
+A name is a primitive's (``"tanh"``) or a library function's (``"jax.nn.relu"``); the latter is used
+only where the equation provably is that function (`fbprop.library`). Overriding returns a new
+table; a table is part of what a differentiated function is, so an override never meets a stale
+compilation.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+
+from fbprop import library
+from fbprop.rule import Rule, Site
+
+
+class MissingRule(NotImplementedError):
+    """The table has no rule for a primitive that a differentiated value passes through."""
+
+    def __init__(self, site: Site):
+        operand = next(i for i, a in enumerate(site.active) if a)
+        aval = site.in_avals[operand]
+        super().__init__(
+            f"Every primitive between input and loss needs a rule, got none for {site.name!r}, "
+            f"operand {operand} ({aval.str_short()}){site.location()}: register one with "
+            f"fbprop.register(fbprop.rule({site.name!r}, ...)), or pass fallback='jax' to let JAX "
+            "differentiate this primitive."
+        )
+
+
+class Table(Mapping):
+    """An immutable mapping from name to `Rule`, with overrides that hold in some scopes only.
+
+    Example:
+      >>> import fbprop
+      >>> fbprop.table["tanh"].math
+      'y = tanh x; x̄ = ȳ(1 − y²)'
+    """
+
+    def __init__(self, rules=(), scoped: tuple[tuple[str, Rule], ...] = ()):
+        self._rules = {r.name: r for r in rules}
+        self._scoped = tuple(scoped)
+        functions = [n for n in (*self._rules, *(r.name for _, r in scoped)) if "." in n]
+        self._functions = {}
+        for name in dict.fromkeys(functions):
+            self._functions.setdefault(name.rpartition(".")[2], []).append(name)
+
+    def __getitem__(self, name):
+        return self._rules[name]
+
+    def __iter__(self):
+        return iter(self._rules)
+
+    def __len__(self):
+        return len(self._rules)
+
+    # Tables are compared by identity: they are keys of caches of compiled functions.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+    @property
+    def is_scoped(self) -> bool:
+        """Whether the rule of an equation depends on its path."""
+        return bool(self._scoped)
+
+    def override(self, *rules: Rule, where: str | None = None) -> Table:
+        """A new table in which ``rules`` take the place of those of the same names.
+
+        Args:
+          *rules: from `fbprop.rule` and its kin.
+          where: a shell-style pattern on the path, e.g. ``"encoder/*"``; the path is the named
+            scopes (`jax.named_scope`) joined by ``/``, the primitive or function name last. The
+            last override that matches wins. None: everywhere.
+
+        Raises:
+          TypeError: for something that is not a rule.
+
+        Example:
+          >>> import fbprop, jax, jax.numpy as jnp
+          >>> no_flow = fbprop.rule("sin", "y = sin x;  x̄ = 0", x=lambda dy: None)
+          >>> table = fbprop.table.override(no_flow, where="frozen/*")
+          >>> def f(x):
+          ...     with jax.named_scope("frozen"):
+          ...         y = jnp.sin(x)
+          ...     return y + jnp.sin(x)
+          >>> float(fbprop.grad(f, rules=table)(0.0))
+          1.0
+        """
+        for r in rules:
+            if not isinstance(r, Rule):
+                raise TypeError(
+                    f"A table holds rules, got {type(r).__name__} expected fbprop.Rule: make one "
+                    "with fbprop.rule(name, math, x=lambda dy, ...: ...)."
+                )
+        if where is None:
+            return Table((*self._rules.values(), *rules), self._scoped)
+        return Table(self._rules.values(), (*self._scoped, *((where, r) for r in rules)))
+
+    def find(self, eqn, path: str) -> tuple[Rule | None, Mapping | None]:
+        """The rule of an equation and, for a library function, the arguments it was called with."""
+        function, arguments = library.identify(eqn, self._functions)
+        for name in (function, eqn.primitive.name):
+            if name is None:
+                continue
+            full = f"{path}/{name}" if path else name
+            for where, r in reversed(self._scoped):
+                if r.name == name and fnmatch.fnmatchcase(full, where):
+                    return r, arguments if name == function else None
+            if name in self._rules:
+                return self._rules[name], arguments if name == function else None
+        return None, None
