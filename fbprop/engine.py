@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from fbprop import cotangent as ct
 from fbprop import jaxcompat as jc
+from fbprop.fallback import FALLBACK
 from fbprop.rule import Site, Step
 from fbprop.table import MissingRule, Table
 
@@ -100,7 +101,7 @@ class Engine(NamedTuple):
         if arguments is not None:
             site.params = arguments
         if rule is None and self.fallback == "jax":
-            rule = self.table["fallback"]
+            rule = FALLBACK
         return site, rule
 
     def shared_path(self, path):

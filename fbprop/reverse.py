@@ -60,6 +60,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, rules: Table | None = No
     wanted = tuple(i < n_out for i in range(len(out_avals(jaxpr))))
     plan = engine.plan_once(jaxpr, active, wanted)
     outs, kept = engine.forward(plan, leaves)
+    outs = [y if isinstance(y, jax.Array) else jnp.asarray(y) for y in outs]  # constants
     pullback = Pullback(kept, (engine, plan, in_tree, out_tree, tuple(in_avals), tuple(avals)))
     out = tree_unflatten(out_tree, outs[:n_out])
     return (out, pullback, aux(outs[n_out:])) if has_aux else (out, pullback)

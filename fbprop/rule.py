@@ -53,8 +53,9 @@ class Site:
 
     def location(self):
         """Where the user wrote it, as the end of a sentence."""
-        path = f", path {self.path!r}" if self.path else ""
-        return f" (at {source_line(self.eqn)}{path})"
+        line = source_line(self.eqn)
+        parts = [f"at {line}"] * bool(line) + [f"path {self.path!r}"] * bool(self.path)
+        return f" ({', '.join(parts)})" if parts else ""
 
 
 class Step(NamedTuple):

@@ -13,6 +13,7 @@ from fbprop.rules import (
     cumulative,
     elementwise,
     indexing,
+    library_functions,
     linalg,
     loop,
     ordering,
@@ -26,6 +27,7 @@ from fbprop.table import Table
 FAMILIES = (
     elementwise, arithmetic, shape, reduction, contraction, convolution, window, cumulative,
     indexing, ordering, special, complex_numbers, linalg, control, loop, collective,
+    library_functions,
 )
 
 table = Table(rule for family in FAMILIES for rule in family.RULES)

@@ -13,9 +13,10 @@ from jax import lax
 
 from fbprop import cotangent as ct
 from fbprop import jaxcompat as jc
+from fbprop.fallback import jax_step
 from fbprop.halves import evaluate, halves
 from fbprop.library import jvp_jaxpr
-from fbprop.rule import Rule, Step
+from fbprop.rule import NoGradient, Rule, Step
 
 
 class Call(Rule):
@@ -173,14 +174,13 @@ def _slots(types_per_branch):
     return slots, layouts
 
 
-class While(Rule):
+class While(NoGradient):
     """The number of steps is known only when they have run, so nothing can be kept for going back."""
 
     def __init__(self):
         super().__init__(
             "while",
             "No gradient passes: the number of steps is not static. Forward only is fine.",
-            type(self).prepare,
         )
 
     def active_out(self, site):
@@ -312,52 +312,11 @@ class CustomVJP(Rule):
         return jax_step(site)
 
 
-class Fallback(Rule):
-    """``fallback="jax"``: JAX differentiates the one equation that has no rule."""
-
-    takes_zeros = True
-
-    def keeps(self):
-        return "what JAX keeps"
-
-    def prepare(self, site):
-        return jax_step(site)
-
-
-def jax_step(site):
-    """Forward and backward of one equation by `jax.vjp`, on its active operands and wanted results."""
-    moving = [i for i, r in enumerate(site.reached) if r]
-
-    def forward(*operands):
-        def call(*moved):
-            values = list(operands)
-            for i, value in zip(moving, moved):
-                values[i] = value
-            outs = jc.bind(site.eqn, values)
-            return [o for o, w in zip(outs, site.wanted) if w], outs
-
-        _, pullback, outs = jax.vjp(call, *(operands[i] for i in moving), has_aux=True)
-        return outs, pullback
-
-    def backward(_, pullback, douts):
-        wanted = [
-            ct.dense(d, a) for d, a, w in zip(douts, site.out_avals, site.wanted) if w
-        ]
-        out = [None] * len(site.in_avals)
-        for i, d in zip(moving, pullback(wanted)):
-            out[i] = d
-        return out
-
-    return Step((), backward, forward)
-
-
 RULES = [
     Jit("jit", "y = f(x) compiled;  x̄ = fᵀ(ȳ) compiled"),
-    Call("closed_call", "y = f(x);  x̄ = fᵀ(ȳ)", "call_jaxpr"),
     Cond(),
     While(),
     Remat("remat2", "y = f(x);  f(x) again, then x̄ = fᵀ(ȳ)"),
     CustomJVP("custom_jvp_call", "y = f(x), ẏ = J ẋ as the user gave it;  x̄ = Jᵀ ȳ", "call_jaxpr"),
     CustomVJP("custom_vjp_call", "y, kept = fwd(x);  x̄ = bwd(kept, ȳ) as the user gave them"),
-    Fallback("fallback", "y = f(x);  x̄ by jax.vjp of this one equation"),
 ]

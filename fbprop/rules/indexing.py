@@ -1,3 +1,219 @@
-"""Rules for gather, scatter and dynamic slices."""
+"""Rules for gather, scatter and dynamic slices.
 
-RULES = []
+A gather and the scatter of the same dimension numbers move the same windows in opposite
+directions, so each is the other's backward pass. Indices are all that is kept wherever the
+operation is linear. ``mode`` says what becomes of indices out of bounds and is handed on: a window
+that is dropped going forward gets and gives nothing going backward.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from fbprop.rule import Rule, Step, pair, rule
+
+
+def _window_sizes(dims, operand_shape, updates_shape):
+    """Sizes of the window that one update covers."""
+    skipped = (*dims.inserted_window_dims, *dims.operand_batching_dims)
+    window = iter(dims.update_window_dims)
+    return [
+        1 if d in skipped else updates_shape[next(window)] for d in range(len(operand_shape))
+    ]
+
+
+def _gather_windows(x, indices, updates_shape, params, fill=None):
+    """The windows of ``x`` that a scatter with these parameters writes to.
+
+    ``fill`` stands where the scatter drops the update; by default NaN, which equals nothing.
+    """
+    dims = params["dimension_numbers"]
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=dims.update_window_dims, collapsed_slice_dims=dims.inserted_window_dims,
+        start_index_map=dims.scatter_dims_to_operand_dims,
+        operand_batching_dims=dims.operand_batching_dims,
+        start_indices_batching_dims=dims.scatter_indices_batching_dims,
+    )
+    return lax.gather(
+        x, indices, numbers, _window_sizes(dims, x.shape, updates_shape),
+        indices_are_sorted=params["indices_are_sorted"], unique_indices=params["unique_indices"],
+        mode=params["mode"], fill_value=fill,
+    )
+
+
+def _scatter(scatter, x, indices, updates, params):
+    """Any of lax's scatters, with the parameters of a scatter equation."""
+    return scatter(
+        x, indices, updates, params["dimension_numbers"],
+        indices_are_sorted=params["indices_are_sorted"],
+        unique_indices=params["unique_indices"], mode=params["mode"],
+    )
+
+
+def _gather(dy, indices, *, x_aval, dimension_numbers, indices_are_sorted, unique_indices, mode):
+    numbers = lax.ScatterDimensionNumbers(
+        update_window_dims=dimension_numbers.offset_dims,
+        inserted_window_dims=dimension_numbers.collapsed_slice_dims,
+        scatter_dims_to_operand_dims=dimension_numbers.start_index_map,
+        operand_batching_dims=dimension_numbers.operand_batching_dims,
+        scatter_indices_batching_dims=dimension_numbers.start_indices_batching_dims,
+    )
+    return lax.scatter_add(
+        jnp.zeros(x_aval.shape, dy.dtype), indices, dy, numbers,
+        indices_are_sorted=indices_are_sorted, unique_indices=unique_indices, mode=mode,
+    )
+
+
+def _added(site, kept, dy):
+    return dy, None, _gather_windows(dy, kept[0], site.in_avals[2].shape, site.params, fill=0)
+
+
+def _subtracted(site, kept, dy):
+    dx, _, du = _added(site, kept, dy)
+    return dx, None, -du
+
+
+def _multiplied_keep(site):
+    """x̄ needs the updates, the updates' needs x, both the indices."""
+    return [i for i, r in enumerate((site.reached[2], True, site.reached[0])) if r]
+
+
+def _multiplied(site, kept, dy):
+    x, indices, updates = map(dict(zip(_multiplied_keep(site), kept)).get, range(3))
+    dx = du = None
+    if site.reached[0]:
+        dx = _scatter(lax.scatter_mul, dy, indices, updates, site.params)
+    if site.reached[2]:
+        if not site.params["unique_indices"]:
+            raise NotImplementedError(
+                "The cotangent of a scatter-mul's updates is defined where no element is "
+                f"multiplied twice, got unique_indices=False expected True{site.location()}: pass "
+                "unique_indices=True, or multiply repeated updates together before."
+            )
+        du = _gather_windows(dy * x, indices, site.in_avals[2].shape, site.params, fill=0)
+    return dx, None, du
+
+
+def _extremum(site, kept, dy):
+    """ȳ shared equally among the operand and all updates that attain the result."""
+    x, indices, updates, out = kept
+    zero, params = jnp.zeros((), dy.dtype), site.params
+    stays, wins = x == out, updates == _gather_windows(out, indices, updates.shape, params)
+    # Counted as integers: bfloat16 counts no further than 256.
+    count = _scatter(
+        lax.scatter_add, stays.astype(jnp.int32), indices, wins.astype(jnp.int32), params
+    )
+    share = dy / jnp.maximum(count, 1).astype(dy.dtype)
+    du = _gather_windows(share, indices, updates.shape, params, fill=0)
+    return jnp.where(stays, share, zero), None, jnp.where(wins, du, zero)
+
+
+class Overwrite(Rule):
+    """Scatter: among updates of one element one wins, the same forward and backward.
+
+    Which one is the platform's choice, so where updates may meet and their cotangent is asked for,
+    the forward settles it: numbers are scattered in place of the updates, those that are found
+    again have won, and the others are left out of the result.
+    """
+
+    def keeps(self):
+        return "indices; which updates won, if the indices may repeat"
+
+    def declared(self, site):
+        return None if self._may_meet(site) else (1,)
+
+    @staticmethod
+    def _may_meet(site):
+        return site.reached[2] and not site.params["unique_indices"]
+
+    def prepare(self, site):
+        if site.params["update_jaxpr"] is not None:
+            raise NotImplementedError(
+                "A scatter that applies a function has no derivative, got update_jaxpr expected "
+                f"None{site.location()}: gather, apply the function, and scatter the results."
+            )
+        params, updates_aval = site.params, site.in_avals[2]
+
+        def backward(kept, wins, dys):
+            (indices,), (dy,), dx, du = kept, dys, None, None
+            if site.reached[0]:
+                zeros = jnp.zeros(updates_aval.shape, dy.dtype)
+                dx = _scatter(lax.scatter, dy, indices, zeros, params)
+            if site.reached[2]:
+                du = _gather_windows(dy, indices, updates_aval.shape, params, fill=0)
+                du = du if wins is None else jnp.where(wins, du, jnp.zeros((), dy.dtype))
+            return dx, None, du
+
+        return Step((1,), backward, _scatter_with_winners(params) if self._may_meet(site) else None)
+
+
+def _scatter_with_winners(params):
+    def forward(x, indices, updates):
+        # Numbered from 1, which leaves 0 to what no update meets.
+        number = lax.broadcasted_iota(jnp.int32, (updates.size, 1), 0).reshape(updates.shape) + 1
+        last = _scatter(lax.scatter, jnp.zeros(x.shape, jnp.int32), indices, number, params)
+        wins = number == _gather_windows(last, indices, updates.shape, params, fill=0)
+        kept = jnp.where(last == 0, x, jnp.zeros((), x.dtype))
+        won = jnp.where(wins, updates, jnp.zeros((), x.dtype))
+        return [_scatter(lax.scatter_add, kept, indices, won, params)], wins
+
+    return forward
+
+
+def _dynamic_slice(site, starts, dy):
+    zeros = jnp.zeros(site.in_avals[0].shape, dy.dtype)
+    return [lax.dynamic_update_slice(zeros, dy, starts), *(None for _ in starts)]
+
+
+def _dynamic_update_slice(site, starts, dy):
+    shape = site.in_avals[1].shape
+    dx = lax.dynamic_update_slice(dy, jnp.zeros(shape, dy.dtype), starts)
+    return [dx, lax.dynamic_slice(dy, starts, shape), *(None for _ in starts)]
+
+
+RULES = [
+    rule(
+        "gather", "y = windows of x at indices;  x̄ = Σ of ȳ's windows in their places. Keeps the "
+        "indices.",
+        x=_gather, indices=None,
+    ),
+    pair(
+        "scatter-add", "y = x, updates added at indices;  x̄ = ȳ, ū = ȳ at indices. Keeps the "
+        "indices.",
+        _added, keep=lambda site: (1,), keeps="indices",
+    ),
+    pair(
+        "scatter-sub", "y = x, updates subtracted at indices;  x̄ = ȳ, ū = −ȳ at indices. Keeps "
+        "the indices.",
+        _subtracted, keep=lambda site: (1,), keeps="indices",
+    ),
+    pair(
+        "scatter-mul", "y = x, multiplied by updates at indices;  x̄ = ȳ likewise multiplied, ū = "
+        "ȳ x at indices, if none repeats. Keeps indices, updates for x̄, x for ū.",
+        _multiplied, keep=_multiplied_keep, keeps="indices; updates for x, x for updates",
+    ),
+    *(
+        pair(
+            f"scatter-{name}", f"y = {name}(x, updates at indices);  ȳ goes to what attains y. "
+            "Ties, also between updates of one element, share it equally, as JAX. Keeps all.",
+            _extremum, keep=lambda site: (0, 1, 2, 3), keeps="x, indices, updates, y",
+        )
+        for name in ("min", "max")
+    ),
+    Overwrite(
+        "scatter", "y = x, with updates at indices;  x̄ = ȳ, 0 at indices, ū = ȳ at indices, 0 for "
+        "updates that another one overwrote.",
+        _scatter_with_winners,
+    ),
+    pair(
+        "dynamic_slice", "y = x[start : start + size];  x̄ = ȳ in its place, 0 elsewhere. Keeps "
+        "the starts.",
+        _dynamic_slice, keep=lambda site: range(1, len(site.in_avals)), keeps="starts",
+    ),
+    pair(
+        "dynamic_update_slice", "y = x, with u at start;  x̄ = ȳ, 0 there, ū = ȳ there. Keeps the "
+        "starts.",
+        _dynamic_update_slice, keep=lambda site: range(2, len(site.in_avals)), keeps="starts",
+    ),
+]

@@ -1,3 +1,3 @@
-"""Rules for windowed reductions: pooling."""
+"""placeholder"""
 
 RULES = []

@@ -1,0 +1,48 @@
+"""Asking JAX for the derivative of a single equation."""
+
+from __future__ import annotations
+
+import jax
+
+from fbprop import cotangent as ct
+from fbprop import jaxcompat as jc
+from fbprop.rule import Rule, Step
+
+
+class Fallback(Rule):
+    """``fallback="jax"``: JAX differentiates the one equation that has no rule."""
+
+    takes_zeros = True
+
+    def prepare(self, site):
+        return jax_step(site)
+
+
+def jax_step(site) -> Step:
+    """Forward and backward of one equation by `jax.vjp`, on its active operands and wanted results."""
+    moving = [i for i, r in enumerate(site.reached) if r]
+
+    def forward(*operands):
+        def call(*moved):
+            values = list(operands)
+            for i, value in zip(moving, moved):
+                values[i] = value
+            outs = jc.bind(site.eqn, values)
+            return [o for o, w in zip(outs, site.wanted) if w], outs
+
+        _, pullback, outs = jax.vjp(call, *(operands[i] for i in moving), has_aux=True)
+        return outs, pullback
+
+    def backward(_, pullback, douts):
+        wanted = [
+            ct.dense(d, a) for d, a, w in zip(douts, site.out_avals, site.wanted) if w
+        ]
+        out = [None] * len(site.in_avals)
+        for i, d in zip(moving, pullback(wanted)):
+            out[i] = d
+        return out
+
+    return Step((), backward, forward)
+
+
+FALLBACK = Fallback("fallback", "y = f(x);  x̄ by jax.vjp of this one equation")
