@@ -1,5 +1,6 @@
 """fbprop: reverse-mode differentiation for JAX as an open table of hand-written rules."""
 
+from fbprop import data, nn, optim, train
 from fbprop.check import CheckFailed, Report, check
 from fbprop.cotangent import ZERO, CotangentError
 from fbprop.reverse import Pullback, grad, value_and_grad, vjp
@@ -11,6 +12,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ZERO", "CheckFailed", "CotangentError", "MissingRule", "Pullback", "Report", "Rule", "Table", "broadcasting",
-    "check", "elementwise", "grad", "linear", "no_gradient", "pair", "register", "rule", "table",
+    "check", "data", "elementwise", "grad", "linear", "nn", "no_gradient", "optim", "pair", "register", "rule", "table", "train",
     "value_and_grad", "vjp",
 ]

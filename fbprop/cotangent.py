@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.jaxcompat import zeros
+
 
 @jax.tree_util.register_static
 class Zero:
@@ -41,7 +43,7 @@ def add(a, b):
 
 def dense(ct, aval):
     """The cotangent as an array."""
-    return jnp.zeros(aval.shape, aval.dtype) if is_zero(ct) else ct
+    return zeros(aval) if is_zero(ct) else ct
 
 
 class CotangentError(TypeError):

@@ -7,6 +7,7 @@ touches an attribute of a jaxpr that is not used here, so a new JAX release is m
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 
 import jax
@@ -116,3 +117,34 @@ def constrain(values, shardings):
         jax.lax.with_sharding_constraint(v, s) if isinstance(s, jax.sharding.Sharding) else v
         for v, s in zip(values, shardings)
     ]
+
+
+def derivative_function(eqn):
+    """The Python function behind a ``custom_jvp_call``'s derivative; None if it is not found.
+
+    JAX wraps it anew at each tracing, so it is looked for under the wrappers' closures.
+    """
+    thunk = eqn.params["jvp_jaxpr_fun"]
+    try:
+        while True:
+            memoized = inspect.getclosurevars(thunk.f).nonlocals["fn"]
+            function = inspect.getclosurevars(memoized).nonlocals["jvp"].f
+            inner = inspect.getclosurevars(function).nonlocals.get("jvp_jaxpr_fun")
+            if inner is None:
+                return function
+            thunk = inner  # the equation came from evaluating another one
+    except (AttributeError, KeyError, TypeError):
+        return None
+
+
+def varying_axes(aval):
+    """Mesh axes over which values of this type differ, where JAX tracks it (``check_vma``)."""
+    kind = getattr(aval, "manual_axis_type", None)  # jax 0.12
+    return frozenset(getattr(aval, "vma", ())) if kind is None else frozenset(kind.varying)
+
+
+def zeros(aval):
+    """Zeros of exactly this type, which includes the axes they are taken to vary over."""
+    value = jax.numpy.zeros(aval.shape, aval.dtype)
+    axes = tuple(varying_axes(aval))
+    return jax.lax.pcast(value, axes, to="varying") if axes else value

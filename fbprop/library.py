@@ -2,10 +2,9 @@
 
 ``jax.nn.relu`` appears as ``custom_jvp_call[name=relu]``, ``jax.nn.log_softmax`` as
 ``jit[name=log_softmax]``. The name alone proves nothing: a user's own function may be called the
-same. So the library's function is traced on the same types and the two traces are compared:
-equation by equation, and for a function with its own derivative (`jax.custom_jvp`) the traces of
-that derivative and of the derivative's derivative as well. What compares equal computes the same
-thing; nothing else gets the rule.
+same. So the library's function is traced on the same types and the two traces are compared
+equation by equation; where a function has its own derivative (`jax.custom_jvp`), that must be the
+very same Python function. What compares equal computes the same thing; nothing else gets the rule.
 """
 
 from __future__ import annotations
@@ -18,11 +17,17 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fbprop.jaxcompat import bind, consts_of, differentiable, is_var, open_jaxpr, sub_jaxprs
+from fbprop.jaxcompat import (
+    bind,
+    consts_of,
+    derivative_function,
+    differentiable,
+    is_var,
+    open_jaxpr,
+    sub_jaxprs,
+)
 
 _CALLS = ("jit", "custom_jvp_call")
-# A derivative may call its function again (softmax's does), so the comparison has to end somewhere.
-_ORDERS = 2
 
 
 def identify(eqn, functions: Mapping[str, list[str]]) -> tuple[str | None, dict | None]:
@@ -78,15 +83,16 @@ def _reference(dotted, avals, arguments):
     return eqns[0] if len(eqns) == 1 else None
 
 
-def _same_call(eqn, reference, orders=_ORDERS):
+def _same_call(eqn, reference):
     if reference is None or eqn.primitive is not reference.primitive:
         return False
     key = "jaxpr" if eqn.primitive.name == "jit" else "call_jaxpr"
-    if not same_jaxpr(eqn.params[key], reference.params[key], orders):
+    if not same_jaxpr(eqn.params[key], reference.params[key]):
         return False
-    if eqn.primitive.name == "jit" or orders == 0:
+    if eqn.primitive.name == "jit":
         return True
-    return same_jaxpr(jvp_jaxpr(eqn), jvp_jaxpr(reference), orders - 1)
+    derivative = derivative_function(eqn)
+    return derivative is not None and derivative is derivative_function(reference)
 
 
 @functools.lru_cache(512)
@@ -112,12 +118,8 @@ def jvp_jaxpr(eqn):
     return jax.make_jaxpr(jvp)(avals, [avals[i] for i in moving])
 
 
-def same_jaxpr(a, b, orders=_ORDERS) -> bool:
-    """Whether two jaxprs are the same up to the names of their variables.
-
-    Args:
-      orders: how many derivatives of the custom functions in them are compared as well.
-    """
+def same_jaxpr(a, b) -> bool:
+    """Whether two jaxprs are the same up to the names of their variables."""
     if a is b:
         return True
     a, b, consts = open_jaxpr(a), open_jaxpr(b), (consts_of(a), consts_of(b))
@@ -140,22 +142,22 @@ def same_jaxpr(a, b, orders=_ORDERS) -> bool:
     for p, q in zip(a.eqns, b.eqns):
         if p.primitive is not q.primitive or not same_atoms(p.invars, q.invars):
             return False
-        if len(p.outvars) != len(q.outvars) or not _same_params(p, q, orders):
+        if len(p.outvars) != len(q.outvars) or not _same_params(p, q):
             return False
         names.update(zip(p.outvars, q.outvars))
     return same_atoms(a.outvars, b.outvars)
 
 
-def _same_params(p, q, orders):
+def _same_params(p, q):
     if p.primitive.name == "custom_jvp_call":
-        return _same_call(p, q, orders)
+        return _same_call(p, q)
     inner_p, inner_q = list(sub_jaxprs(p.params)), list(sub_jaxprs(q.params))
     if [n for n, _ in inner_p] != [n for n, _ in inner_q]:
         return False
     skip = {n for n, _ in inner_p}
     plain = [{k: v for k, v in e.params.items() if k not in skip} for e in (p, q)]
     return plain[0] == plain[1] and all(
-        same_jaxpr(x, y, orders) for (_, x), (_, y) in zip(inner_p, inner_q)
+        same_jaxpr(x, y) for (_, x), (_, y) in zip(inner_p, inner_q)
     )
 
 

@@ -92,6 +92,28 @@ def test_while_runs_forward_and_refuses_backward():
     np.testing.assert_allclose(fbprop.grad(static)(2.0), 32.0)
 
 
+def test_linear_solve_with_auxiliary_output_and_without_a_transpose():
+    a = jnp.array([[2.0, 0.5], [0.5, 1.0]])
+    solver = lambda _, y: (jnp.linalg.inv(a) @ y, {"steps": jnp.ones(())})
+    symmetric = lambda b: jnp.sum(lax.custom_linear_solve(
+        lambda v: a @ v, b, solver, symmetric=True, has_aux=True)[0])
+    tree = lambda b: jnp.sum(lax.custom_linear_solve(
+        lambda v: {"x": a @ v["x"], "y": 2.0 * v["y"]}, {"x": b, "y": b * b},
+        lambda _, v: {"x": jnp.linalg.inv(a) @ v["x"], "y": v["y"] / 2.0}, symmetric=True)["y"] * b)
+    np.testing.assert_allclose(fbprop.grad(tree)(X[:2]), jax.grad(tree)(X[:2]), rtol=1e-6)
+    np.testing.assert_allclose(fbprop.grad(symmetric)(X[:2]), jax.grad(symmetric)(X[:2]), rtol=1e-6)
+    no_transpose = lambda b: jnp.sum(lax.custom_linear_solve(
+        lambda v: a @ v, b, lambda _, y: jnp.linalg.inv(a) @ y))
+    with pytest.raises(TypeError, match=r"transpose_solve required .*test_engine.py"):
+        fbprop.grad(no_transpose)(X[:2])
+
+
+def test_branches_on_the_platform():
+    fun = lambda x: lax.platform_dependent(x, cpu=jnp.sin, default=lambda x: x * x)
+    np.testing.assert_allclose(fbprop.grad(fun)(0.3), jax.grad(fun)(0.3), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(fbprop.grad(fun))(0.3), jax.grad(fun)(0.3), rtol=1e-6)
+
+
 def test_remat_computes_again():
     assert kept_shapes(jax.checkpoint(lambda y: jnp.sin(jnp.sin(y))), X) == [(3,)]
     jaxpr = str(jax.make_jaxpr(fbprop.grad(lambda x: jnp.sum(jax.checkpoint(jnp.sin)(x))))(X))

@@ -12,6 +12,7 @@ from fbprop.rules import (
     convolution,
     cumulative,
     elementwise,
+    implicit,
     indexing,
     library_functions,
     linalg,
@@ -19,6 +20,7 @@ from fbprop.rules import (
     ordering,
     reduction,
     shape,
+    shard,
     special,
     window,
 )
@@ -26,7 +28,7 @@ from fbprop.table import Table
 
 FAMILIES = (
     elementwise, arithmetic, shape, reduction, contraction, convolution, window, cumulative,
-    indexing, ordering, special, complex_numbers, linalg, control, loop, collective,
+    indexing, ordering, special, complex_numbers, linalg, control, loop, implicit, collective, shard,
     library_functions,
 )
 

@@ -18,14 +18,13 @@ def _conj(dy, *, x_aval):
     return lax.conj(dy) if jnp.issubdtype(x_aval.dtype, jnp.complexfloating) else lax.real(dy)
 
 
-def _fft(dy, *, fft_type, fft_lengths, out_aval):
+def _fft(dy, *, fft_type, fft_lengths):
     """The transposed transform. Complex ones are their own: the matrix ω^(jk) is symmetric."""
-    kind = lax.FftType(fft_type)
-    if kind is lax.FftType.RFFT:
+    if fft_type is lax.FftType.RFFT:
         return _rfft(dy, fft_lengths)
-    if kind is lax.FftType.IRFFT:
+    if fft_type is lax.FftType.IRFFT:
         return _irfft(dy, fft_lengths)
-    return lax.fft(dy, kind, fft_lengths)
+    return lax.fft(dy, fft_type, fft_lengths)
 
 
 def _rfft(dy, lengths):

@@ -129,7 +129,7 @@ class Cond(Rule):
 
                 return branch
 
-            return lax.switch(index, [*map(run, branches, layouts)], *operands)
+            return _choose(site, index, [*map(run, branches, layouts)], *operands)
 
         def backward(kept, filled, douts):
             index, *values = kept
@@ -145,12 +145,20 @@ class Cond(Rule):
 
                 return branch
 
-            dins = iter(
-                lax.switch(index, [*map(run, branches, layouts)], at, filled, list(douts))
-            )
+            chosen = _choose(site, index, [*map(run, branches, layouts)], at, filled, list(douts))
+            dins = iter(chosen)
             return [None, *(next(dins) if r else None for r in reached)]
 
         return Step((0, *(i + 1 for i in borrowed)), backward, forward)
+
+
+def _choose(site, index, branches, *args):
+    """Run the branch of that index; by platform where the user branched on the platform."""
+    platforms = site.params.get("branches_platforms")
+    if platforms is None:
+        return lax.switch(index, branches, *args)
+    named = {name: f for names, f in zip(platforms, branches) for name in names or ("default",)}
+    return lax.platform_dependent(*args, **named)
 
 
 def _type(atom):
@@ -300,13 +308,13 @@ class CustomJVP(Call):
         return Step(keep, backward, forward)
 
 
-class CustomVJP(Rule):
-    """The user's own rule: their ``fwd`` runs forward and says what is kept, their ``bwd`` backward."""
+class Custom(Rule):
+    """The user's own rule: what they wrote runs forward, says what is kept, and runs backward."""
 
     takes_zeros = True
 
     def keeps(self):
-        return "what the user's fwd returns"
+        return "what the user's function returns for it"
 
     def prepare(self, site):
         return jax_step(site)
@@ -318,5 +326,6 @@ RULES = [
     While(),
     Remat("remat2", "y = f(x);  f(x) again, then x̄ = fᵀ(ȳ)"),
     CustomJVP("custom_jvp_call", "y = f(x), ẏ = J ẋ as the user gave it;  x̄ = Jᵀ ȳ", "call_jaxpr"),
-    CustomVJP("custom_vjp_call", "y, kept = fwd(x);  x̄ = bwd(kept, ȳ) as the user gave them"),
+    Custom("custom_vjp_call", "y, kept = fwd(x);  x̄ = bwd(kept, ȳ) as the user gave them"),
+    Custom("linear_call", "y = f(r) x;  x̄ = transpose(r) ȳ as the user gave it"),
 ]

@@ -8,6 +8,8 @@ that is dropped going forward gets and gives nothing going backward.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -66,12 +68,19 @@ def _gather(dy, indices, *, x_aval, dimension_numbers, indices_are_sorted, uniqu
 
 
 def _added(site, kept, dy):
-    return dy, None, _gather_windows(dy, kept[0], site.in_avals[2].shape, site.params, fill=0)
+    du = None
+    if site.reached[2]:
+        du = _gather_windows(dy, kept[0], site.in_avals[2].shape, site.params, fill=0)
+    return dy, None, du
 
 
 def _subtracted(site, kept, dy):
     dx, _, du = _added(site, kept, dy)
-    return dx, None, -du
+    return dx, None, None if du is None else -du
+
+
+def _indices_for_updates(site):
+    return (1,) if site.reached[2] else ()
 
 
 def _multiplied_keep(site):
@@ -161,15 +170,23 @@ def _scatter_with_winners(params):
     return forward
 
 
+# Starts have been counted from the front once, so a negative one is to be clamped, not counted again.
+_read = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
+_write = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+
+
 def _dynamic_slice(site, starts, dy):
     zeros = jnp.zeros(site.in_avals[0].shape, dy.dtype)
-    return [lax.dynamic_update_slice(zeros, dy, starts), *(None for _ in starts)]
+    return [_write(zeros, dy, starts), *(None for _ in starts)]
 
 
 def _dynamic_update_slice(site, starts, dy):
-    shape = site.in_avals[1].shape
-    dx = lax.dynamic_update_slice(dy, jnp.zeros(shape, dy.dtype), starts)
-    return [dx, lax.dynamic_slice(dy, starts, shape), *(None for _ in starts)]
+    shape, dx, du = site.in_avals[1].shape, None, None
+    if site.reached[0]:
+        dx = _write(dy, jnp.zeros(shape, dy.dtype), starts)
+    if site.reached[1]:
+        du = _read(dy, starts, shape)
+    return [dx, du, *(None for _ in starts)]
 
 
 RULES = [
@@ -181,12 +198,12 @@ RULES = [
     pair(
         "scatter-add", "y = x, updates added at indices;  x̄ = ȳ, ū = ȳ at indices. Keeps the "
         "indices.",
-        _added, keep=lambda site: (1,), keeps="indices",
+        _added, keep=_indices_for_updates, keeps="indices, for updates",
     ),
     pair(
         "scatter-sub", "y = x, updates subtracted at indices;  x̄ = ȳ, ū = −ȳ at indices. Keeps "
         "the indices.",
-        _subtracted, keep=lambda site: (1,), keeps="indices",
+        _subtracted, keep=_indices_for_updates, keeps="indices, for updates",
     ),
     pair(
         "scatter-mul", "y = x, multiplied by updates at indices;  x̄ = ȳ likewise multiplied, ū = "

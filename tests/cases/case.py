@@ -27,6 +27,7 @@ class Case:
       dtypes: the lower precisions checked against float64.
       order: 2, or 1 where JAX itself has no second derivative (which is then checked).
       differences: whether finite differences apply (not at kinks, not for surrogate derivatives).
+      vmap: False where JAX itself cannot batch the primitive (which is then checked).
       kept: bytes kept in float64 with all operands active; needed where the rule's own signature
         does not declare it (a rule with a forward of its own, or about inner equations).
       tolerance: {"jax" | "differences" | dtype: relative tolerance}, each with ``why``.
@@ -40,6 +41,7 @@ class Case:
     dtypes: tuple[str, ...] = FLOATS
     order: int = 2
     differences: bool = True
+    vmap: bool = True
     kept: int | None = None
     tolerance: dict = field(default_factory=dict)
     why: str = ""

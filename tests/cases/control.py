@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from cases.case import Case, exactly, real
+from cases.case import Case, definite, exactly, real
 from jax import lax
 
 
@@ -69,6 +69,28 @@ clipped.defvjp(
     lambda kept, ct: (ct[0] * kept[1] + ct[1] * jnp.cos(kept[0]), 2.0 * ct[0] * kept[0]),
 )
 
+def solve(a, b):
+    """a x = b by a solver that reports its residual."""
+    inverse = lambda m: lambda _, y: jnp.linalg.inv(m) @ y
+    return lax.custom_linear_solve(lambda v: a @ v, b, inverse(a), inverse(a.T))
+
+
+def symmetric_solve(a, b):
+    """(a + aᵀ) x = b."""
+    s = a + a.T
+    return lax.custom_linear_solve(
+        lambda v: s @ v, b, lambda _, y: jnp.linalg.inv(s) @ y, symmetric=True
+    )
+
+
+def scaled(x):
+    """A linear function with its own transpose."""
+    scale = jnp.arange(3, dtype=x.dtype)
+    return jax.custom_derivatives.linear_call(
+        lambda r, x: x * r, lambda r, y: y * r, scale, x
+    )
+
+
 F64 = 8
 
 CASES = [
@@ -98,4 +120,9 @@ CASES = [
          kept=2 * 6 * F64),
     Case("custom_vjp_call", clipped, (real(2, 3), real(2, 3)), differences=False,
          kept=2 * 6 * F64),
+    Case("linear_call", scaled, (real(2, 3),), kept=3 * F64, vmap=False, differences=False),
+    Case("custom_linear_solve", solve, (definite(3), real(3)), dtypes=("float32",),
+         kept=(9 + 9 + 3) * F64),  # a, its transpose, the solution
+    Case("custom_linear_solve", symmetric_solve, (definite(3), real(3)), "symmetric",
+         dtypes=("float32",), kept=(9 + 3) * F64),
 ]

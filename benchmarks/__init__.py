@@ -1,0 +1,1 @@
+"""fbprop measured against `jax.grad` of the same plain code: ``python -m benchmarks``."""

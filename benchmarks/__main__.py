@@ -1,0 +1,81 @@
+"""The command: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+
+def arguments(argv):
+    """The parsed command line of a measurement."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description="fbprop against jax.grad of the same plain code.",
+        epilog="python -m benchmarks compare A.json B.json: what moved. "
+               "python -m benchmarks markdown A.json: the table for a README.")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name contains it "
+                        "(several: a,b); the whole name with = in front")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what JAX takes")
+    parser.add_argument("--size", choices=("smoke", "small", "full"), default="full")
+    parser.add_argument("--seconds", type=float, help="sampling time per row")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu: processor time, for one thread on a busy machine")
+    parser.add_argument("--threads", type=int, help="cores that may be used, JAX and peers alike")
+    parser.add_argument("--json", metavar="FILE", help="append one line per measurement")
+    parser.add_argument("--peers", default="", metavar="NAMES",
+                        help="of flax,equinox,torch,torch.compile: whole steps against these too")
+    parser.add_argument("--list", action="store_true", help="names of the rows, then stop")
+    return parser.parse_args(argv)
+
+
+def environment(options):
+    """What must be set before JAX is imported."""
+    if options.device:
+        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[options.device]
+    if options.threads:
+        cores = sorted(os.sched_getaffinity(0))
+        if options.threads > len(cores):
+            sys.exit(f"--threads is at most the number of cores, got {options.threads} expected "
+                     f"at most {len(cores)}.")
+        # XLA's and PyTorch's thread pools count the cores this process may run on.
+        os.sched_setaffinity(0, cores[: options.threads])
+        if options.threads == 1:
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+def main(argv):
+    if argv[:1] == ["compare"] or argv[:1] == ["markdown"]:
+        return _report(*argv)
+    options = arguments(argv)
+    environment(options)
+    from benchmarks.peers import MODULES
+    from benchmarks.suite import SECONDS, run, selected  # imports JAX
+
+    entries = selected(options.only, options.size)
+    if not entries:
+        sys.exit(f"--only names a row, got {options.only!r}: see --list.")
+    if unknown := set(filter(None, options.peers.split(","))) - MODULES.keys():
+        sys.exit(f"--peers are {', '.join(MODULES)}, got {', '.join(sorted(unknown))}.")
+    if options.list:
+        print(*dict.fromkeys(e.name for e in entries), sep="\n")
+        return 0
+    with open(options.json or os.devnull, "a") as file:
+        peers = list(filter(None, options.peers.split(",")))
+        return run(entries, options.seconds or SECONDS[options.size], options.clock, peers,
+                   lambda record: print(json.dumps(record), file=file, flush=True))
+
+
+def _report(command, *files):
+    from benchmarks import report
+
+    expected = {"compare": 2, "markdown": 1}[command]
+    if len(files) != expected:
+        sys.exit(f"{command} takes results files, got {len(files)} expected {expected}.")
+    print(*getattr(report, command)(*map(report.read, files)), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

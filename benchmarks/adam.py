@@ -1,0 +1,48 @@
+"""Adam for the whole-step rows: Optax's where installed, else the same formula in plain JAX."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+try:
+    import optax
+except ImportError:
+    optax = None
+
+
+class Optimizer(NamedTuple):
+    """Optax's protocol."""
+
+    init: Any
+    update: Any
+
+
+def scale_by_adam():
+    """m̂ / (√v̂ + ε) of Kingma and Ba (arXiv:1412.6980), b1 = 0.9, b2 = 0.999, ε = 1e-8."""
+    return optax.scale_by_adam() if optax else plain_adam()
+
+
+def plain_adam(b1=0.9, b2=0.999, epsilon=1e-8):
+    """The formula on its own."""
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jnp.int32(0), zeros, zeros
+
+    def update(gradient, state, params=None):
+        count, m, v = state
+        count = count + 1
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, gradient)
+        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, gradient)
+        c1, c2 = 1 - b1 ** count.astype(jnp.float32), 1 - b2 ** count.astype(jnp.float32)
+        scaled = jax.tree.map(lambda m, v: m / c1 / (jnp.sqrt(v / c2) + epsilon), m, v)
+        return scaled, (count, m, v)
+
+    return Optimizer(init, update)
+
+
+def described() -> str:
+    """Whose Adam the rows use."""
+    return f"Optax {optax.__version__}" if optax else "plain JAX (Optax is not installed)"

@@ -1,0 +1,20 @@
+"""The rows, by kind of code; importing this fills the table."""
+
+from benchmarks.rows import (
+    contraction,
+    convolution,
+    costs,
+    elementwise,
+    image_steps,
+    indexing,
+    other_steps,
+    pooling,
+    recurrent,
+    sequence_steps,
+    steps,
+)
+
+__all__ = [
+    "contraction", "convolution", "costs", "elementwise", "image_steps", "indexing",
+    "other_steps", "pooling", "recurrent", "sequence_steps", "steps",
+]

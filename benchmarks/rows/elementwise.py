@@ -1,0 +1,88 @@
+"""Activations, normalisations, reductions and losses: bound by memory, not arithmetic."""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.row import loss_gradient, operation, row
+
+MATRICES = {"smoke": [(3, 5)], "small": [(512, 1024)], "full": [(4096, 2048)]}
+
+
+def _passes(x):
+    """Bytes that any formulation moves: x in, y out, its cotangent in, that of x out."""
+    return 4 * x.nbytes
+
+
+@row(**MATRICES)
+def gelu(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(lambda x: jax.nn.gelu(x, approximate=False), [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def where(draw, B, D):
+    x, y, condition = draw.normal(B, D), draw.normal(B, D), draw.normal(B, D) > 0
+    return operation(lambda x, y: jnp.where(condition, x, y), [x, y], bytes=6 * x.nbytes)
+
+
+@row(**MATRICES)
+def cumsum(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(lambda x: jnp.cumsum(x, axis=1), [x], bytes=_passes(x))
+
+
+@row(smoke=[(3, 5)], small=[(64, 512)], full=[(512, 2048)])
+def sort(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(lambda x: jnp.sort(x, axis=1), [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def logsumexp(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(lambda x: jax.nn.logsumexp(x, axis=1), [x], bytes=2 * x.nbytes)
+
+
+@row(**MATRICES)
+def var(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(lambda x: jnp.var(x, axis=1), [x], bytes=2 * x.nbytes)
+
+
+@row(smoke=[(3, 5)], small=[(512, 512)], full=[(4096, 512), (8192, 768), (512, 256)])
+def layer_norm(draw, B, D):
+    x, scale, bias = draw.normal(B, D), draw.normal(D), draw.normal(D)
+    return operation(normalised, [x, scale, bias], bytes=_passes(x))
+
+
+def normalised(x, scale, bias, epsilon=1e-5):
+    """Layer norm over the last axis."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+def batch_normalised(x, scale, bias, epsilon=1e-5):
+    """Batch norm of NHWC images by the batch's own statistics."""
+    mean = jnp.mean(x, axis=(0, 1, 2))
+    variance = jnp.var(x, axis=(0, 1, 2))
+    return (x - mean) * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+@row(smoke=[(2, 4, 4, 3)], small=[(16, 16, 16, 64)],
+     full=[(64, 32, 32, 64), (64, 16, 16, 128), (32, 8, 8, 32)])
+def batch_norm(draw, B, H, W, C):
+    x, scale, bias = draw.normal(B, H, W, C), draw.normal(C), draw.normal(C)
+    return operation(batch_normalised, [x, scale, bias], bytes=_passes(x))
+
+
+def cross_entropy(logits, labels):
+    """Mean negative log-probability of the labels, over all leading axes."""
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)
+    return -jnp.mean(chosen)
+
+
+@row(smoke=[(5, 7)], small=[(512, 1000)], full=[(4096, 1000), (4096, 8192)])
+def softmax_cross_entropy(draw, N, V):
+    logits, labels = draw.normal(N, V), draw.integers(V, N)
+    return loss_gradient(cross_entropy, logits, [labels], bytes=2 * logits.nbytes)

@@ -1,0 +1,90 @@
+"""Whole training steps: forward, backward and Adam; the smallest networks here, others beside.
+
+The optimiser is the same on both sides, Optax's where it is installed. The learning rate is an
+argument of the measured program: agreement is checked with zero, where Adam's moments after one
+step or a whole epoch are exact sums of gradients and their squares, on the program that is timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks.adam import scale_by_adam
+from benchmarks.row import Row, row
+from benchmarks.rows.elementwise import cross_entropy
+
+
+def training_step(loss, params, batch, **figures) -> Row:
+    """One Adam step on ``loss(params, *batch)``, one dispatch."""
+    return _row(loss, params, batch, lambda step: step, figures)
+
+
+def training_epoch(loss, params, batches, **figures) -> Row:
+    """Steps over the leading axis of the batches in one `lax.scan`, one dispatch."""
+    def scanned(step):
+        def epoch(state, batches, rate):
+            return lax.scan(lambda state, batch: step(state, batch, rate), state, batches)
+
+        return epoch
+
+    return _row(loss, params, batches, scanned, figures)
+
+
+def _row(loss, params, batch, wrap, figures):
+    optimizer = scale_by_adam()
+
+    def build(ad):
+        def step(state, batch, rate):
+            params, moments = state
+            value, gradient = ad.value_and_grad(loss)(params, *batch)
+            updates, moments = optimizer.update(gradient, moments, params)
+            params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
+            return (params, moments), value
+
+        return wrap(step)
+
+    inputs = (params, optimizer.init(params)), tuple(batch)
+    # Moments hold squares of gradients, and sums over a batch are added up in another order.
+    figures = {"tolerance": 1e-4, **figures}
+    return Row(build, (*inputs, jnp.float32(1e-3)), probe=(*inputs, jnp.float32(0)), carries=True,
+               **figures)
+
+
+def dense_layers(draw, *sizes):
+    """Parameters of dense layers: a list of (weight, bias)."""
+    return [(draw.weight(m, n), jnp.zeros(n)) for m, n in itertools.pairwise(sizes)]
+
+
+def mlp(params, x, activation=jax.nn.relu):
+    """Dense layers with an activation between them."""
+    *hidden, (w, b) = params
+    for v, c in hidden:
+        x = activation(x @ v + c)
+    return x @ w + b
+
+
+def classification(apply):
+    """Cross-entropy of ``apply(params, x)`` against integer labels."""
+    return lambda params, x, labels: cross_entropy(apply(params, x), labels)
+
+
+SIZES = 784, 512, 256, 10
+MLP_FLOPS = 6 * (784 * 512 + 512 * 256 + 256 * 10)  # per example
+
+
+@row("step", smoke=[(3,)], small=[(128,)], full=[(128,)])
+def mlp_step(draw, B):
+    batch = draw.normal(B, 784), draw.integers(10, B)
+    return training_step(classification(mlp), dense_layers(draw, *SIZES), batch,
+                         flops=MLP_FLOPS * B)
+
+
+@row("step", smoke=[(2, 3)], small=[(20, 128)], full=[(469, 128)])
+def mlp_epoch(draw, K, B):
+    batches = draw.normal(K, B, 784), draw.integers(10, K, B)
+    return training_epoch(classification(mlp), dense_layers(draw, *SIZES), batches,
+                          flops=MLP_FLOPS * B * K)

@@ -1,0 +1,75 @@
+"""Run rows: the table as it grows, a progress line, the geometric means, failures at the end."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+
+import benchmarks.rows  # noqa: F401  (fills the table of rows)
+import fbprop
+from benchmarks import adam, machine, report
+from benchmarks.meter import measure, measure_peer
+from benchmarks.peers import missing, step
+from benchmarks.row import entries
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+SECONDS = {"smoke": 0.1, "small": 1.0, "full": 5.0}
+
+
+def selected(only: str, size: str):
+    """Rows whose name contains one of the comma-separated patterns, or equals it after ``=``."""
+    patterns = only.split(",")
+    return [
+        e for e in entries(size)
+        if any(e.name == p[1:] if p.startswith("=") else p in e.name for p in patterns)
+        and (jax.default_backend() == "gpu" or not e.gpu_only)
+    ]
+
+
+def run(chosen, seconds, clock, peers, write) -> int:
+    """Measure rows and print the table; returns 1 if a row failed, else 0."""
+    source = {**machine.provenance(), "clock": clock}
+    absent = missing(peers)
+    _introduce(source, absent)
+    print(report.header())
+    progress, records = report.Progress(len(chosen)), []
+    for entry in chosen:
+        progress.start(entry)
+        for record in _records(entry, seconds, source, [p for p in peers if p not in absent]):
+            progress.clear()
+            print(report.line(record), flush=True)
+            write(record)
+            records.append(record)
+    print("", *report.means(records), sep="\n")
+    failed = sum("error" in r for r in records)
+    if failed:
+        print(f"{failed} of {len(records)} measurements failed.")
+    return 1 if failed else 0
+
+
+def _introduce(source, absent):
+    versions = ", ".join(f"{p} {v}" for p, v in source["versions"].items())
+    print(f"{source['device']}, {source['threads']} threads, {versions}, commit {source['commit']}")
+    print(f"Adam in whole steps: {adam.described()}")
+    for peer, reason in absent.items():
+        print(f"{peer} is not measured: {reason}")
+    print("time, memory, compile: fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")
+
+
+def _records(entry, seconds, source, peers):
+    """A record per rival; a failure is a line of the table and the exit status, not the end."""
+    clock = CLOCKS[source["clock"]]
+    rivals = {"jax": lambda: measure(entry.row(), fbprop, jax, seconds, clock)}
+    for peer in peers if entry.kind == "step" else ():
+        if make := step(peer, entry.name):
+            rivals[peer] = functools.partial(
+                lambda *a: measure_peer(entry.row(), fbprop, *a, seconds, clock), peer, make)
+        else:
+            print(f"{peer} has no version of {entry.name}")
+    for rival, measured in rivals.items():
+        try:
+            yield report.record(measured(), entry.kind, source)
+        except Exception as error:
+            yield report.failure(entry, rival, error, source)

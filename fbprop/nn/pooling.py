@@ -1,0 +1,101 @@
+"""Pooling over windows of images [B, *spatial, C], and flattening."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fbprop.nn.layer import Layer, function
+from fbprop.nn.shapes import check_image, per_dimension
+
+
+def max_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
+             name: str = "max_pool") -> Layer:
+    """The largest value in each window; padding never wins.
+
+    Args:
+      window: an int k for k x k images; a tuple of 1, 2 or 3 for that many dimensions.
+      stride: an int for all dimensions, or one each. Default: the window, so that none overlap.
+      padding: ``"VALID"``, ``"SAME"``, or ((low, high), ...) per spatial dimension.
+
+    Raises:
+      ValueError: the input is not [B, *spatial, C]; a tuple has the wrong length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> nn.max_pool(2).apply({}, jnp.arange(16.0).reshape(1, 4, 4, 1)).ravel().tolist()
+      [5.0, 7.0, 13.0, 15.0]
+    """
+
+    def lowest(dtype):
+        return -np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
+
+    return _pool(
+        window, stride, padding, name,
+        lambda x, reduce: reduce(x, np.asarray(lowest(x.dtype), x.dtype), lax.max),
+    )
+
+
+def avg_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
+             count_include_pad: bool = True, name: str = "avg_pool") -> Layer:
+    """The mean of each window.
+
+    Args:
+      window, stride, padding: as for `max_pool`.
+      count_include_pad: whether padding counts as zeros, or not at all.
+
+    Raises:
+      ValueError: the input is not [B, *spatial, C]; a tuple has the wrong length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> nn.avg_pool(2).apply({}, jnp.arange(16.0).reshape(1, 4, 4, 1)).ravel().tolist()
+      [2.5, 4.5, 10.5, 12.5]
+    """
+
+    def mean(x, reduce):
+        total = reduce(x, np.zeros((), x.dtype), lax.add)
+        if count_include_pad:
+            return total / math.prod(_sizes(window))
+        return total / reduce(jnp.ones((1, *x.shape[1:-1], 1), x.dtype),
+                              np.zeros((), x.dtype), lax.add)
+
+    return _pool(window, stride, padding, name, mean)
+
+
+def flatten(*, name: str = "flatten") -> Layer:
+    """[B, ...] -> [B, product of the rest].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> nn.flatten().apply({}, jnp.ones((2, 3, 5, 7))).shape
+      (2, 105)
+    """
+    return function(lambda x: x.reshape(x.shape[0], math.prod(x.shape[1:])), name)
+
+
+def _sizes(window):
+    return (window,) * 2 if isinstance(window, int) else tuple(window)
+
+
+def _pool(window, stride, padding, name, of):
+    """A layer computing ``of(x, reduce)``, ``reduce(x, identity, operation)`` over windows."""
+    sizes = _sizes(window)
+    n = len(sizes)
+    strides = sizes if stride is None else per_dimension(stride, n, f"{name}'s stride")
+    pads = padding if isinstance(padding, str) else ((0, 0), *padding, (0, 0))
+
+    def reduce(x, identity, operation):
+        return lax.reduce_window(x, identity, operation, (1, *sizes, 1), (1, *strides, 1), pads)
+
+    def pool(x):
+        check_image(name, x, n)
+        return of(x, reduce)
+
+    return function(pool, name)

@@ -1,0 +1,155 @@
+"""The meter refuses wrong gradients; the table, results files and comparisons say what they say."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import benchmarks.rows  # noqa: F401
+import fbprop
+from benchmarks import report
+from benchmarks.adam import plain_adam
+from benchmarks.meter import Disagreement, interleave, measure, relative_difference
+from benchmarks.row import SIZES, Draw, entries, operation
+
+SCALED = fbprop.table.override(
+    fbprop.rule("tanh", "wrong by a thousandth", x=lambda dy, out: 1.001 * dy * (1 - out * out))
+)
+WRONG = SimpleNamespace(vjp=lambda f, *x: fbprop.vjp(f, *x, rules=SCALED))
+
+
+def tanh_row():
+    x = Draw().normal(5, 7)
+    return operation(jnp.tanh, [x], name="tanh", size="B5 D7", flops=35.0, bytes=4 * x.nbytes)
+
+
+def test_the_meter_reports_agreement_time_memory_and_compile_time():
+    measured = measure(tanh_row(), fbprop, jax, seconds=0.0)
+    assert measured.agreement <= 1e-6
+    low, middle, high = measured.time_ratio()
+    assert 0 < low <= middle <= high
+    assert len(measured.seconds[0]) == len(measured.seconds[1]) == 5
+    assert measured.memory_ratio() is not None
+    assert measured.compile_ratio() > 0
+
+
+def test_a_wrong_gradient_is_never_timed():
+    with pytest.raises(Disagreement, match=r"of 1\.00e-03 expected at most 1e-05"):
+        measure(tanh_row(), WRONG, jax, seconds=0.0)
+
+
+@pytest.mark.parametrize(("got", "expected", "difference"), [
+    ([1.0, 2.0], [1.0, 2.0], 0.0),
+    ([1.0, 2.5], [1.0, 2.0], 0.25),
+    ([0.0, jnp.nan], [0.0, 1.0], float("inf")),
+    ([1.0, 0.0], [0.0, 0.0], float("inf")),
+])
+def test_relative_difference(got, expected, difference):
+    assert relative_difference({"a": jnp.array(got)}, {"a": jnp.array(expected)}) == difference
+
+
+def test_samples_are_interleaved():
+    calls, clock = [], iter(range(99)).__next__
+    interleave([lambda: calls.append("a"), lambda: calls.append("b")], 0.0, clock)
+    sampled = "".join(calls).partition("bbbb")[2]  # after calibration: four calls of each
+    turns = [c for c, previous in zip(sampled, " " + sampled) if c != previous]
+    assert turns == ["a", "b"] * 5
+
+
+def records(ratio=0.5, **changes):
+    measured = measure(tanh_row(), fbprop, jax, seconds=0.0)
+    source = {"device": "d", "commit": "c"}
+    one = report.record(measured, "operation", source)
+    return [{**one, "time_ratio": [ratio * 0.9, ratio, ratio * 1.1], **changes}]
+
+
+def test_a_record_survives_json_and_fills_the_table(tmp_path):
+    (one,) = records()
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(one) + "\n")
+    (again,) = report.read(path)
+    assert again == json.loads(json.dumps(one))
+    assert again["dtype"] == "float32"
+    assert again["shapes"] == ["5x7"]
+    assert {"device", "commit", "gflops", "share_of_copy"} <= again.keys()
+    titles, line = report.header().split(), report.line(again)
+    assert titles[:5] == ["row", "size", "against", "agree", "time"]
+    assert line.startswith("tanh ")
+    assert " 0.500 " in line
+
+
+def test_geometric_means_and_the_markdown_table():
+    both = records(0.5, temp_bytes=[0, 1 << 14]) + records(2.0, temp_bytes=[1 << 14, 1 << 14])
+    (mean,) = report.means(both)
+    assert "time 1.000 (worst 2.000), memory 0.500 (worst 1.000)" in mean
+    assert "| tanh | B5 D7 | jax | 0.50 |" in report.markdown(both)[2]
+
+
+def test_compare_says_what_moved():
+    before = records(0.5, temp_bytes=[1 << 14, 1 << 14])
+    assert report.compare(before, records(0.52, temp_bytes=[1 << 14, 1 << 14])) == ["nothing moved"]
+    after = records(0.8, temp_bytes=[1 << 13, 1 << 14])
+    assert report.compare(before, after) == [
+        "tanh B5 D7 jax: memory ratio 1.000 -> 0.500", "tanh B5 D7 jax: time ratio 0.500 -> 0.800",
+    ]
+    assert report.compare(before, []) == ["tanh B5 D7 jax: only in the first file"]
+    failed = [{"row": "tanh", "size": "B5 D7", "against": "jax",
+               "error": "MissingRule: x"}]
+    assert report.compare(before, failed) == ["tanh B5 D7 jax: measured -> MissingRule: x"]
+    assert report.line(failed[0]).endswith("FAILED MissingRule: x")
+
+
+def test_progress_without_a_terminal_is_one_line_per_row():
+    stream = io.StringIO()
+    progress = report.Progress(2, stream)
+    progress.start(entries("smoke")[0])
+    progress.clear()
+    assert stream.getvalue().startswith("[1/2] ")
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_plain_adam_is_adam():
+    optimizer, params = plain_adam(), jnp.array([1.0, -2.0])
+    state, gradient = optimizer.init(params), jnp.array([3.0, -0.25])
+    for _ in range(3):
+        update, state = optimizer.update(gradient, state)
+        chex.assert_trees_all_close(update, jnp.sign(gradient), rtol=1e-4)
+
+
+def test_every_row_has_every_size():
+    names = [{e.name for e in entries(size) if not e.gpu_only} for size in SIZES]
+    assert names[0] == names[1] == names[2]
+    assert len(names[0]) > 30
+
+
+def command(*arguments, status=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "XLA_FLAGS": ""}, timeout=300,
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
+    path = str(tmp_path / "results.json")
+    out = command("--size", "smoke", "--only", "=where,=mlp_step", "--json", path, "--threads", "1",
+                  "--clock", "cpu", "--seconds", "0.01")
+    rows = report.read(path)
+    assert [(r["row"], r["threads"]) for r in rows] == [("where", 1), ("mlp_step", 1)]
+    assert "step rows against jax (1): geometric mean time" in out
+    assert command("compare", path, path) == "nothing moved\n"
+    assert command("markdown", path).startswith("| row | size |")
+
+
+def test_the_command_says_what_it_cannot_do():
+    assert "--only names a row, got 'nothing'" in command("--only", "nothing", status=1)
+    assert "compare takes results files, got 1 expected 2" in command("compare", "a", status=1)
