@@ -113,7 +113,7 @@ def _compile(row, ad, clock):
 
 
 def _compile_repeats(first, seconds):
-    return int(np.clip(seconds / sum(first), 0, 6)) if first else 0
+    return int(np.clip(3 * seconds / sum(first), 0, 6)) if first else 0
 
 
 def _assert_agreement(row, programs):

@@ -78,14 +78,21 @@ class Rule:
     broadcasts = False
     takes_zeros = False  # result cotangents may be ZERO; otherwise they are filled in
 
-    def __init__(self, name: str, math: str, source: Callable | None = None):
-        self.name, self.math, self._source = name, " ".join(math.split()), source
+    def __init__(self, name: str, math: str, *sources: Callable | None):
+        self.name, self.math = name, " ".join(math.split())
+        self._sources = [f for f in sources if hasattr(f, "__code__")]
 
     @property
     def where(self) -> str:
         """``file:line`` of the rule."""
-        code = getattr(self._source, "__code__", None)
-        return f"{code.co_filename}:{code.co_firstlineno}" if code else type(self).__name__
+        source = self.sources()[0]
+        if inspect.isclass(source):
+            return f"{inspect.getsourcefile(source)}:{inspect.getsourcelines(source)[1]}"
+        return f"{source.__code__.co_filename}:{source.__code__.co_firstlineno}"
+
+    def sources(self) -> list:
+        """The functions that make up the rule, or its class."""
+        return self._sources or [type(self)]
 
     def keeps(self) -> str:
         """What is kept, in words, for the rule book."""
@@ -121,7 +128,7 @@ class Pullbacks(Rule):
     """One pullback per operand; parameter names declare what is kept."""
 
     def __init__(self, name, math, pullbacks: dict[str, Callable | None], broadcasts=False):
-        super().__init__(name, math, next((f for f in pullbacks.values() if f), None))
+        super().__init__(name, math, *pullbacks.values())
         self.operands, self.broadcasts = tuple(pullbacks), broadcasts
         self._index = {op: i for i, op in enumerate((*pullbacks, "out"))}
         self._pullbacks = [f and _Pullback(f, self.operands) for f in pullbacks.values()]
@@ -198,7 +205,7 @@ class Pair(Rule):
     """
 
     def __init__(self, name, math, backward, forward=None, keep=lambda site: (), keeps=None):
-        super().__init__(name, math, backward)
+        super().__init__(name, math, backward, forward)
         self._backward, self._forward, self._keep, self._keeps = backward, forward, keep, keeps
 
     def keeps(self):

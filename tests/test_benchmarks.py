@@ -17,8 +17,16 @@ import benchmarks.rows  # noqa: F401
 import fbprop
 from benchmarks import report
 from benchmarks.adam import plain_adam
-from benchmarks.meter import Disagreement, interleave, measure, relative_difference
+from benchmarks.meter import (
+    Disagreement,
+    interleave,
+    measure,
+    measure_peer,
+    relative_difference,
+)
+from benchmarks.peers import MODULES, missing, step
 from benchmarks.row import SIZES, Draw, entries, operation
+from benchmarks.rows import steps
 
 SCALED = fbprop.table.override(
     fbprop.rule("tanh", "wrong by a thousandth", x=lambda dy, out: 1.001 * dy * (1 - out * out))
@@ -54,6 +62,31 @@ def test_a_wrong_gradient_is_never_timed():
 ])
 def test_relative_difference(got, expected, difference):
     assert relative_difference({"a": jnp.array(got)}, {"a": jnp.array(expected)}) == difference
+
+
+@pytest.fixture
+def squares_row(monkeypatch):
+    # Optax's own code promotes an int32 step count to float, which the strict setting refuses.
+    monkeypatch.setattr(steps, "scale_by_adam", plain_adam)
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    return steps.training_step(loss, Draw().weight(5, 3), [Draw(1).normal(7, 5)])
+
+
+def test_a_peer_must_have_the_same_loss(squares_row):
+    def peer(factor):
+        return lambda w, batch: lambda: factor * float(jnp.mean((batch[0] @ w) ** 2))
+
+    measured = measure_peer(squares_row, fbprop, "peer", peer(1.0), seconds=0.0)
+    assert measured.against == "peer"
+    assert measured.memory_ratio() is None
+    with pytest.raises(Disagreement, match=r"difference of 1\.00e-03 expected at most 1e-04"):
+        measure_peer(squares_row, fbprop, "peer", peer(1.001), seconds=0.0)
+
+
+def test_a_missing_peer_is_said(monkeypatch):
+    monkeypatch.setitem(MODULES, "nobody", "nobody_steps")
+    assert "nobody_steps" in missing(["nobody"])["nobody"]
+    assert step("nobody", "mlp_step") is None
 
 
 def test_samples_are_interleaved():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 X = jnp.array([0.5, -1.0, 2.0])
 
@@ -112,6 +113,18 @@ def test_branches_on_the_platform():
     fun = lambda x: lax.platform_dependent(x, cpu=jnp.sin, default=lambda x: x * x)
     np.testing.assert_allclose(fbprop.grad(fun)(0.3), jax.grad(fun)(0.3), rtol=1e-6)
     np.testing.assert_allclose(jax.jit(fbprop.grad(fun))(0.3), jax.grad(fun)(0.3), rtol=1e-6)
+
+
+def test_calls_that_jax_itself_does_not_go_back_through():
+    @custom_vmap
+    def double(x):
+        return 2.0 * jnp.sin(x)
+
+    double.def_vmap(lambda axis_size, batched, x: (2.0 * jnp.sin(x), batched[0]))
+    np.testing.assert_allclose(fbprop.grad(double)(0.3), 2.0 * jnp.cos(0.3), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(fbprop.grad(double))(X), 2.0 * jnp.cos(X), rtol=1e-6)
+    composite = lax.composite(lambda x: jnp.sin(x), name="test.sin")
+    np.testing.assert_allclose(fbprop.grad(composite)(0.3), jnp.cos(0.3), rtol=1e-6)
 
 
 def test_remat_computes_again():

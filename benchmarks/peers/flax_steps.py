@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
@@ -124,5 +123,4 @@ def gpt_step(params, batch):
     tree = {"embed": {"embedding": params["tokens"]}, "positions": params["positions"],
             "norm": _norm(*params["norm"]), **blocks}
     loss = _classified(GPT(V, len(params["positions"]), D, len(blocks)))
-    return trained(lambda params, t: loss(params, t[:, :-1], t[:, 1:]), jax.tree.map(jnp.copy, tree),
-                   batch)
+    return trained(lambda params, t: loss(params, t[:, :-1], t[:, 1:]), tree, batch)

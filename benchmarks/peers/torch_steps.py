@@ -49,7 +49,7 @@ def _trained(model, batch, loss, wrap=eager):
         value = forward(*batch)
         value.backward()
         adam.step()
-        return float(value)
+        return float(value.detach())
 
     return run
 

@@ -11,6 +11,7 @@ from fbprop.rules import (
     control,
     convolution,
     cumulative,
+    delegated,
     elementwise,
     implicit,
     indexing,
@@ -28,7 +29,7 @@ from fbprop.table import Table
 
 FAMILIES = (
     elementwise, arithmetic, shape, reduction, contraction, convolution, window, cumulative,
-    indexing, ordering, special, complex_numbers, linalg, control, loop, implicit, collective, shard,
+    indexing, ordering, special, complex_numbers, linalg, control, loop, implicit, collective, shard, delegated,
     library_functions,
 )
 

@@ -2,48 +2,133 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jax import lax
 
-from fbprop.rule import rule
+from fbprop.rule import pair, rule
 
 
 def _free(ndim, *used):
     return [d for d in range(ndim) if not any(d in u for u in used)]
 
 
-def _dot_general_a(dy, b, *, a_aval, dimension_numbers, precision, preferred_element_type):
-    """ā = ȳ contracted with b over b's free dimensions, put back into a's order."""
-    (ca, cb), (ba, bb) = dimension_numbers
-    n_batch, a_free, b_free = len(ba), _free(len(a_aval.shape), ca, ba), _free(b.ndim, cb, bb)
-    dy_b = range(n_batch + len(a_free), dy.ndim)
-    out = lax.dot_general(
-        dy, b, ((tuple(dy_b), b_free), (tuple(range(n_batch)), bb)), precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    # Result dimensions: batch, a's free, then a's contracted in the order in which b has them.
-    order = [*ba, *a_free, *np.take(ca, np.argsort(cb)).tolist()]
-    return lax.transpose(out, np.argsort(order))
+def _merged(x, contracted, batch):
+    """``x`` with its contracted dimensions as one, and where these and the batch are then."""
+    first, n = contracted[0], len(contracted)
+    shape = (*x.shape[:first], math.prod(x.shape[d] for d in contracted), *x.shape[first + n:])
+    return lax.reshape(x, shape), [first], [d if d < first else d - n + 1 for d in batch]
 
 
-def _dot_general_b(dy, a, *, b_aval, dimension_numbers, precision, preferred_element_type):
-    """b̄: the same with the operands' roles exchanged."""
+def _consecutive(dims):
+    return len(dims) > 1 and dims == list(range(dims[0], dims[0] + len(dims)))
+
+
+def _cotangent(dy, other, mine, theirs, dy_free, **options):
+    """ȳ contracted with the other operand over what only that one brought into the result.
+
+    Which order of the factors, and whether the contracted dimensions are made one first, is
+    chosen here. With the weight of ``x @ w``, x of rank 3, in mind: x̄ᵀȳ over 4096 = 16 · 256
+    positions to 256 x 1024 takes 21 ms this way; ȳᵀx and a transpose, JAX's form, 47 ms, because
+    it copies ȳ; in this order, but over two dimensions, 22 ms, because it copies x (one core,
+    float32). A layer forward and backward takes .69 of `jax.grad`'s time, at 256 -> 1024.
+
+    Args:
+      mine, theirs: (contracted, batch) dimensions of the operand whose cotangent this is, and of
+        the other.
+      dy_free: where the other's free dimensions are in ``dy``.
+      options: precision and result type, as in the forward. (16-bit products with a 16-bit result
+        are accumulated in float32 by XLA itself, on CPU as on accelerators.)
+    """
+    (contracted, batch), (contracted_other, batch_other) = mine, theirs
+    n_batch, n_free = len(batch), dy.ndim - len(batch) - len(dy_free)
+    free = _free(n_batch + n_free + len(contracted), contracted, batch)
+    # What is left of the other operand are its contracted dimensions, in its own order.
+    left = [contracted[i] for i in np.argsort(contracted_other)]
+    dy = dy, dy_free, list(range(n_batch))
+    other = other, _free(other.ndim, contracted_other, batch_other), list(batch_other)
+    if _consecutive(dy_free) and _consecutive(other[1]):
+        dy, other = _merged(*dy), _merged(*other)
+    order = [*batch, *left, *free]
+    factors = (other, dy)
+    if order != sorted(order):
+        order, factors = [*batch, *free, *left], (dy, other)
+    (x, over_x, batch_x), (y, over_y, batch_y) = factors
+    out = lax.dot_general(x, y, ((over_x, over_y), (batch_x, batch_y)), **options)
+    return out if order == sorted(order) else lax.transpose(out, np.argsort(order))
+
+
+def _dot_general_a(dy, b, *, dimension_numbers, precision, preferred_element_type):
     (ca, cb), (ba, bb) = dimension_numbers
-    n_batch, a_free, b_free = len(ba), _free(a.ndim, ca, ba), _free(len(b_aval.shape), cb, bb)
-    dy_a = range(n_batch, n_batch + len(a_free))
-    out = lax.dot_general(
-        dy, a, ((tuple(dy_a), a_free), (tuple(range(n_batch)), ba)), precision=precision,
-        preferred_element_type=preferred_element_type,
+    b_free = b.ndim - len(cb) - len(bb)
+    return _cotangent(
+        dy, b, (ca, ba), (cb, bb), list(range(dy.ndim - b_free, dy.ndim)),
+        precision=precision, preferred_element_type=preferred_element_type,
     )
-    order = [*bb, *b_free, *np.take(cb, np.argsort(ca)).tolist()]
-    return lax.transpose(out, np.argsort(order))
+
+
+def _dot_general_b(dy, a, *, dimension_numbers, precision, preferred_element_type):
+    (ca, cb), (ba, bb) = dimension_numbers
+    return _cotangent(
+        dy, a, (cb, bb), (ca, ba), list(range(len(ba), a.ndim - len(ca))),
+        precision=precision, preferred_element_type=preferred_element_type,
+    )
+
+
+def _ragged(site, kept, dy):
+    """Rows of the left operand meet the right one's matrix of their group, or sum within groups."""
+    x, w, sizes = kept
+    dims = site.params["ragged_dot_dimension_numbers"]
+    (cx, cw), (bx, bw) = dims.dot_dimension_numbers
+    (ragged,) = dims.lhs_ragged_dimensions
+    group = list(dims.rhs_group_dimensions)
+    free_x, free_w = _free(x.ndim, cx, bx), _free(w.ndim, cw, bw, group)
+    first = 1 if ragged in cx else 0  # dimensions of dy: [group,] batch, free_x, free_w
+    batch = list(range(first, first + len(bx)))
+    dy_x = list(range(batch[-1] + 1 if batch else first, dy.ndim - len(free_w)))
+    dy_w = list(range(dy.ndim - len(free_w), dy.ndim))
+    left_x, left_w = [cx[i] for i in np.argsort(cw)], [cw[i] for i in np.argsort(cx)]
+
+    def product(lhs, rhs, contracted, batches, ragged, group, order):
+        numbers = lax.RaggedDotDimensionNumbers((contracted, batches), [ragged], group)
+        out = lax.ragged_dot_general(
+            lhs, rhs, sizes, numbers, precision=site.params["precision"],
+            preferred_element_type=site.params["preferred_element_type"],
+        )
+        return lax.transpose(out, np.argsort(order))
+
+    if ragged in free_x:
+        row = dy_x[free_x.index(ragged)]
+        return (
+            product(dy, w, (dy_w, free_w), (batch, bw), row, group, [*bx, *free_x, *left_x]),
+            product(x, dy, (free_x, dy_x), (bx, batch), ragged, [], [*group, *bw, *left_w, *free_w]),
+            None,
+        )
+    if ragged in cx:
+        row = cw[list(cx).index(ragged)]
+        return (
+            product(w, dy, (free_w, dy_w), (bw, batch), row, [0], [*bx, *left_x, *free_x]),
+            product(x, dy, (free_x, dy_x), (bx, batch), ragged, [0], [*bw, *left_w, *free_w]),
+            None,
+        )
+    raise NotImplementedError(
+        "A ragged product is differentiated where its ragged dimension is free or contracted, got "
+        f"batch dimension {ragged} of the left operand{site.location()}: use dot_general for it."
+    )
 
 
 RULES = [
     rule(
         "dot_general",
-        "y = Σ a b over the contracted dimensions;  ā = Σ ȳ b over b's free ones, b̄ = Σ ȳ a over "
+        "y = Σ a b over the contracted dimensions;  ā = Σ ȳ b over b's free ones, b̄ = Σ a ȳ over "
         "a's.  Keeps the other operand.",
         a=_dot_general_a, b=_dot_general_b,
+    ),
+    pair(
+        "ragged_dot_general",
+        "y = Σ x w, each row of x with the matrix w of its group;  x̄ = Σ ȳ w likewise, w̄ = Σ x ȳ "
+        "within each group, and the same the other way round.  Keeps x, w, group sizes.",
+        _ragged, keep=lambda site: (0, 1, 2), keeps="x, w, group sizes",
     ),
 ]

@@ -24,12 +24,8 @@ class Call(Rule):
 
     takes_zeros = True
 
-    def __init__(self, name, math, key="jaxpr"):
-        super().__init__(name, math, type(self).prepare)
-        self.key = key
-
     def inner(self, site):
-        return site.params[self.key]
+        return next(jaxpr for _, jaxpr in jc.sub_jaxprs(site.params))
 
     def keeps(self):
         return "what the rules inside keep"
@@ -90,7 +86,7 @@ class Cond(Rule):
     takes_zeros = True
 
     def __init__(self):
-        super().__init__("cond", "y = branch_i(x);  x̄ = branch_iᵀ(ȳ)", type(self).prepare)
+        super().__init__("cond", "y = branch_i(x);  x̄ = branch_iᵀ(ȳ)")
 
     def keeps(self):
         return "the branch index and what the rules in the branches keep"
@@ -322,10 +318,14 @@ class Custom(Rule):
 
 RULES = [
     Jit("jit", "y = f(x) compiled;  x̄ = fᵀ(ȳ) compiled"),
+    *[
+        Call(name, "y = f(x);  x̄ = fᵀ(ȳ)")
+        for name in ("call", "closed_call", "composite", "custom_vmap_call", "eval_jaxpr")
+    ],
     Cond(),
     While(),
     Remat("remat2", "y = f(x);  f(x) again, then x̄ = fᵀ(ȳ)"),
-    CustomJVP("custom_jvp_call", "y = f(x), ẏ = J ẋ as the user gave it;  x̄ = Jᵀ ȳ", "call_jaxpr"),
+    CustomJVP("custom_jvp_call", "y = f(x), ẏ = J ẋ as the user gave it;  x̄ = Jᵀ ȳ"),
     Custom("custom_vjp_call", "y, kept = fwd(x);  x̄ = bwd(kept, ȳ) as the user gave them"),
     Custom("linear_call", "y = f(r) x;  x̄ = transpose(r) ȳ as the user gave it"),
 ]

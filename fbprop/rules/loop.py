@@ -29,7 +29,6 @@ class Scan(Rule):
             "scan",
             "cₜ₊₁, yₜ = f(k, cₜ, xₜ);  dk, c̄ₜ, x̄ₜ = fᵀ(c̄ₜ₊₁, ȳₜ) from the last step to the first, "
             "k̄ = Σ dk",
-            type(self).prepare,
         )
 
     def keeps(self):

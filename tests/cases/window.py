@@ -1,28 +1,87 @@
 """Rows of rules/window.py."""
 
+import jax
 import numpy as np
 from jax import lax
 
-from cases.case import Case, apart, real
+from cases.case import Case, apart, exactly, real
+
+REDUCERS = {"max": (-np.inf, lax.max), "min": (np.inf, lax.min), "sum": (0.0, lax.add)}
 
 
-def pool(name, label, shape, window, strides, padding="VALID", *, make=apart, kept=None, **more):
-    init, fun = {
-        "max": (-np.inf, lax.max), "min": (np.inf, lax.min), "sum": (0.0, lax.add),
-    }[name]
+def window(name, *arguments, **options):
+    """x -> `lax.reduce_window` of it, by "max", "min" or "sum"."""
+    start, reducer = REDUCERS[name]
+    return lambda x: lax.reduce_window(x, np.asarray(start, x.dtype), reducer, *arguments, **options)
 
-    def reduced(x):
-        init_value = np.asarray(init, x.dtype)
-        return lax.reduce_window(x, init_value, fun, window, strides, padding, **more)
 
-    return Case(f"reduce_window_{name}", reduced, (make(*shape),), label, kept=kept)
+def extremum(name, label, x, kept, *arguments, **options):
+    return Case(f"reduce_window_{name}", window(name, *arguments, **options), (x,), label, kept=kept)
 
+
+def total(label, shape, *arguments, **options):
+    return Case("reduce_window_sum", window("sum", *arguments, **options), (real(*shape),), label)
+
+
+def scattered(name, *arguments):
+    """(s, x) -> what JAX's own pullback of the extremum at x makes of s."""
+    return lambda s, x: jax.vjp(window(name, *arguments), x)[1](s)[0]
+
+
+def gathered(name, *arguments, **options):
+    """(t, x) -> what JAX's own derivative of the extremum at x makes of t."""
+    return lambda t, x: jax.jvp(window(name, *arguments, **options), (x,), (t,))[1]
+
+
+IMAGE = apart(2, 7, 5, 3)
+TWO, THREE = ((1, 2, 2, 1), (1, 2, 2, 1), "VALID"), ((1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+TIES = exactly([[2.0, 2.0, 0.0, 0.0, 0.0, 1.0, 1.0]])
+PAIRS = ((1, 2), (1, 2), "VALID")
+LARGE = ((1, 7, 6), (1, 1, 1), ((0, 0), (6, 2), (3, 2)))
 
 CASES = [
-    pool("max", "2x2", (2, 6, 4, 3), (1, 2, 2, 1), (1, 2, 2, 1), kept=2 * 3 * 2 * 3),
-    pool("max", "3x3 stride 2", (2, 7, 5, 3), (1, 3, 3, 1), (1, 2, 2, 1), "SAME", kept=2 * 4 * 3 * 3),
-    pool("min", "3x3 stride 2", (2, 7, 5, 3), (1, 3, 3, 1), (1, 2, 2, 1), "SAME", kept=2 * 4 * 3 * 3),
-    pool("sum", "3x3 stride 2", (2, 7, 5, 3), (1, 3, 3, 1), (1, 2, 2, 1), "SAME", make=real),
-    pool("sum", "dilated", (2, 7, 5), (1, 3, 2), (1, 2, 1), ((0, 1), (2, 0), (1, 1)), make=real,
-         base_dilation=(1, 2, 3), window_dilation=(1, 2, 3)),
+    extremum("max", "2x2", IMAGE, 2 * 3 * 2 * 3, *TWO),
+    extremum("max", "3x3", IMAGE, 2 * 4 * 3 * 3, *THREE),
+    extremum("min", "3x3", IMAGE, 2 * 4 * 3 * 3, *THREE),
+    extremum("max", "NCHW", apart(2, 3, 7, 5), 2 * 3 * 5 * 2, (1, 1, 3, 2), (1, 1, 1, 2), "VALID"),
+    extremum("min", "apart", apart(2, 7), 2 * 3, (1, 2), (1, 3), ((0, 0), (1, 0))),
+    extremum("max", "1-D", apart(7), 5, (3,), (1,), "VALID"),
+    extremum("max", "3-D", apart(3, 5, 2), 2 * 2 * 2, (2, 3, 1), (1, 2, 1), "VALID"),
+    extremum(
+        "max", "dilated operand", apart(3, 5), 4 * 9, (3, 2), (2, 1), ((2, 1), (1, 0)),
+        base_dilation=(3, 2),
+    ),
+    # 42 offsets, all blocks of stride 1: the forms for large windows.
+    extremum("max", "large", apart(2, 5, 7), 2 * 7 * 7, *LARGE),
+    extremum("min", "large", apart(2, 5, 7), 2 * 7 * 7, *LARGE),
+    extremum("max", "global", apart(2, 7, 11), 2, (1, 7, 11), (1, 1, 1), "VALID"),
+    extremum("max", "int16 codes", apart(2, 131), 2 * 2, (1, 131), (1, 131), "VALID"),
+    Case(
+        "reduce_window_max", window("max", *PAIRS), (TIES,), "ties", differences=False, kept=3,
+        at=((([[2.0, 2.0, 0.0, 0.0, 0.0, 1.0, 1.0]],), {0: [[1.0, 0, 1.0, 0, 0, 1.0, 0]]}),),
+    ),
+    Case(
+        "reduce_window_min", window("min", *PAIRS), (TIES,), "ties", differences=False, kept=3,
+        at=((([[2.0, 2.0, 0.0, 0.0, 0.0, 1.0, 1.0]],), {0: [[1.0, 0, 1.0, 0, 1.0, 0, 0]]}),),
+    ),
+    # Where all a window sees is −∞, its first offset wins, be it padding (as in XLA on CPU and GPU).
+    Case(
+        "reduce_window_max", window("max", (2,), (2,), ((1, 0),)), (apart(5),), "infinite", kept=3,
+        at=(((np.asarray([-np.inf, -np.inf, -np.inf, 1.0, -np.inf]),), {0: [0, 1.0, 0, 1.0, 0]}),),
+    ),
+    total("2x2", (2, 7, 5, 3), *TWO),
+    total("3x3", (2, 7, 5, 3), *THREE),
+    total("NCHW", (2, 3, 7, 5), (1, 1, 3, 2), (1, 1, 1, 2), ((0, 0), (0, 0), (1, 2), (-1, 1))),
+    total(
+        "dilated", (2, 7, 5), (1, 3, 2), (1, 2, 1), ((0, 1), (2, 0), (1, 1)),
+        base_dilation=(1, 2, 3), window_dilation=(1, 2, 3),
+    ),
+    total("large", (2, 5, 7), *LARGE),
+    total("running", (2, 41), (1, 41), (1, 1), ((0, 0), (40, 0))),
+    Case("select_and_scatter_add", scattered("max", *THREE), (real(2, 4, 3, 3), IMAGE), "max"),
+    Case("select_and_scatter_add", scattered("min", *TWO), (real(2, 3, 2, 3), IMAGE), "min"),
+    Case("select_and_scatter_add", scattered("max", *LARGE), (real(2, 7, 7), apart(2, 5, 7)), "large"),
+    Case("select_and_gather_add", gathered("max", *THREE), (real(2, 7, 5, 3), IMAGE), "max"),
+    Case("select_and_gather_add", gathered("min", *TWO), (real(2, 7, 5, 3), IMAGE), "min"),
+    Case("select_and_gather_add", gathered("max", *LARGE), (real(2, 5, 7), apart(2, 5, 7)), "large"),
 ]

@@ -1,0 +1,245 @@
+"""Checkpoints: a training state in one file, with everything needed to trust it again.
+
+The file is a safetensors file (`fbprop.train.tensorfile`), so other programs can read its arrays.
+Its manifest, JSON, names the versions that wrote it, the step, and each leaf's path, shape and
+dtype, for what the format itself cannot say (random keys, complex numbers), and carries the
+caller's metadata, such as the position in the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from importlib import metadata as installed
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fbprop.train.tensorfile import CheckpointError, named_leaves, read, read_metadata, write
+
+FORMAT = 1  # raised when an older fbprop could misread a file
+_PACKAGES = ("fbprop", "jax", "jaxlib", "numpy")
+
+
+def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
+         keep_last: int | None = None, keep: Iterable[str | os.PathLike] = ()) -> pathlib.Path:
+    """Writes a state to one file; whatever happens meanwhile, the file is old or new, never between.
+
+    The bytes go to a hidden file beside it, reach the disk, and are renamed into place.
+
+    Args:
+      path: the file; its directory is made if there is none.
+      state: any pytree of arrays and random keys, `fbprop.train.State` above all.
+      metadata: what else to remember, a dict for JSON: the position in the data, say.
+      keep_last: how many checkpoints of the run to leave, this one included; the older ones are
+        removed. Those of the run are in the same directory and have the same name but for its
+        digits. None: all.
+      keep: paths of checkpoints not to remove.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: ``keep_last`` < 1, or two leaves of one path.   TypeError: ``metadata`` is not
+      for JSON.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from fbprop import optim, train
+      >>> optimizer = optim.adam(0.1)
+      >>> state = train.init({"w": jnp.ones(3)}, optimizer)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = train.save(f"{folder}/step-0.safetensors", state, metadata={"epoch": 1})
+      ...     again = train.restore(file, like=state)
+      ...     train.read_manifest(file)["metadata"], train.latest(folder) == file
+      ({'epoch': 1}, True)
+      >>> again.params["w"].tolist()
+      [1.0, 1.0, 1.0]
+    """
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(
+            f"The last checkpoint stays, got keep_last={keep_last} expected >= 1, or None for all."
+        )
+    path = pathlib.Path(path)
+    named = named_leaves(state)
+    manifest = {
+        "format": FORMAT,
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "step": _step(state),
+        "leaves": [_description(name, leaf) for name, leaf in named.items()],
+        "metadata": metadata or {},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(_plain(leaf)) for name, leaf in named.items()}
+    write(path, tensors, {"fbprop": json.dumps(manifest)})
+    if keep_last is not None:
+        _remove_older(path, keep_last, keep)
+    return path
+
+
+def restore(path: str | os.PathLike, like: Any) -> Any:
+    """The state in a checkpoint, after every check; all of it or an error.
+
+    Args:
+      path: the file.
+      like: a pytree of the structure, shapes and dtypes to expect: ``train.init(...)`` of the same
+        model and optimiser, or its `jax.eval_shape`. Its values do not matter and stay as they are.
+
+    Returns:
+      A pytree like ``like``, bit for bit what was saved. Arrays go where ``like`` has been put
+      explicitly (`jax.device_put`), otherwise to the default device.
+
+    Raises:
+      CheckpointError: the file is truncated, corrupted, written by a newer fbprop, no checkpoint,
+        or another model's; in the last case the first leaf that differs is named.
+
+    Example: see `save`.
+    """
+    check_format(path, read_manifest(path))
+    contents = read(path)
+    manifest = _manifest(path, contents.metadata)
+    _check_same(path, manifest["leaves"], like)
+    leaves = [
+        _leaf(contents.array(entry["path"]), entry, wanted)
+        for entry, wanted in zip(manifest["leaves"], jax.tree.leaves(like))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
+    """What a checkpoint says about itself, without reading or checking its arrays.
+
+    Returns:
+      ``{"format", "versions", "step", "leaves": [{"path", "shape", "dtype"}, ...], "metadata"}``.
+
+    Raises:
+      CheckpointError: the header is damaged, or the file is no checkpoint.
+
+    Example: see `save`.
+    """
+    return _manifest(path, read_metadata(path))
+
+
+def latest(directory: str | os.PathLike) -> pathlib.Path | None:
+    """The checkpoint of the highest step in a directory; None if it has none or does not exist.
+
+    Files without a manifest are passed over.
+
+    Raises:
+      CheckpointError: a file's header is damaged.
+
+    Example: see `save`.
+    """
+    found = [(_step_of(file), file) for file in pathlib.Path(directory).glob("*.safetensors")]
+    return max((pair for pair in found if pair[0] is not None), default=(None, None))[1]
+
+
+def check_format(path, manifest):
+    """Refuses a file of a newer format, whose arrays might mean something else."""
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"A checkpoint is read by the fbprop that wrote it or a newer one, got {path} in "
+            f"format {manifest['format']} expected at most {FORMAT}: install fbprop "
+            f"{manifest['versions']['fbprop']}."
+        )
+
+
+def _manifest(path, metadata):
+    try:
+        manifest = json.loads(metadata["fbprop"])
+        if isinstance(manifest["format"], int):
+            return manifest
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise CheckpointError(
+        f"A checkpoint has a manifest, got {path} without; expected a file written by "
+        "fbprop.train.save: read other safetensors files with fbprop.train.load_tensors."
+    )
+
+
+def _version(package):
+    try:
+        return installed.version(package)
+    except installed.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _step(state) -> int:
+    return int(getattr(state, "step", 0))
+
+
+def _is_key(x) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x):
+    """A leaf as an array that NumPy knows: a random key as its uint32 numbers."""
+    return jax.random.key_data(x) if _is_array(x) and _is_key(x) else x
+
+
+def _is_array(x) -> bool:
+    return hasattr(x, "dtype")
+
+
+def _description(name, leaf) -> dict:
+    """A leaf's path, shape and dtype; ``leaf`` may be abstract."""
+    leaf = leaf if _is_array(leaf) else np.asarray(leaf)
+    return {"path": name, "shape": [*leaf.shape], "dtype": str(leaf.dtype)}
+
+
+def _check_same(path, got, like):
+    expected = [_description(name, leaf) for name, leaf in named_leaves(like).items()]
+    for mine, theirs in itertools.zip_longest(got, expected):
+        if mine != theirs:
+            raise CheckpointError(
+                f"A checkpoint fits the state it is restored into, got {_say(mine)} in {path} "
+                f"expected {_say(theirs)}: build the same model and optimiser, or use another file."
+            )
+
+
+def _say(entry) -> str:
+    if entry is None:
+        return "no further leaf"
+    return f"{entry['path']!r} of {entry['dtype']}[{','.join(map(str, entry['shape']))}]"
+
+
+def _leaf(stored, entry, like):
+    """The saved leaf as a JAX array of its own, where ``like`` is."""
+    if _is_array(like) and _is_key(like):
+        # The implementation is in the dtype's name, which was found equal: that of `like` is right.
+        leaf = jax.random.wrap_key_data(jnp.array(stored), impl=_implementation(like))
+    else:
+        dtype = jnp.dtype(entry["dtype"])
+        if stored.dtype != dtype:  # a dtype that safetensors files do not have, as its bytes
+            stored = np.frombuffer(stored.tobytes(), dtype).reshape(entry["shape"])
+        leaf = jnp.array(stored, dtype=dtype)  # a copy: steps donate it
+    return jax.device_put(leaf, like.sharding) if getattr(like, "committed", False) else leaf
+
+
+def _implementation(like):
+    """The key implementation of a key or of its abstract value."""
+    concrete = like if isinstance(like, jax.Array) else jax.eval_shape(lambda: like)
+    return str(jax.random.key_impl(concrete))
+
+
+def _step_of(file) -> int | None:
+    """The step in a file's manifest, or None if it is no checkpoint of ours."""
+    metadata = read_metadata(file)
+    return _manifest(file, metadata)["step"] if "fbprop" in metadata else None
+
+
+def _remove_older(path, keep_last, keep):
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(path.name))
+    own = [f for f in path.parent.iterdir() if f != path and re.fullmatch(pattern, f.name)]
+    own.sort(key=lambda file: _step_of(file) or 0, reverse=True)
+    kept = {pathlib.Path(file) for file in keep}
+    for file in own[keep_last - 1:]:
+        if file not in kept:
+            file.unlink()

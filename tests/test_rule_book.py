@@ -1,0 +1,35 @@
+"""`python -m fbprop.rules`: every rule is in it, with mathematics, what it keeps, and its place."""
+
+import re
+import subprocess
+import sys
+
+import fbprop
+import pytest
+from fbprop.rules.__main__ import book, main, page
+
+
+def test_every_rule_is_in_the_book():
+    text = book()
+    for name, rule in fbprop.table.items():
+        assert f"\n{name}\n" in text
+        assert rule.math, name
+        assert re.search(r"\.py:\d+$", rule.where), (name, rule.where)
+    assert text.endswith(f"{len(fbprop.table)} rules")
+
+
+@pytest.mark.parametrize("name", sorted(fbprop.table))
+def test_a_rule_in_full(name):
+    assert page(name).startswith(name)
+
+
+def test_pages_show_source_and_unknown_names_are_met_with_the_nearest(capsys):
+    assert main(["tanh"]) == 0
+    assert "1 - out * out" in capsys.readouterr().out
+    assert main(["tanhh"]) == 1
+    assert "no rule for 'tanhh', did you mean: tanh" in capsys.readouterr().err
+
+
+def test_command():
+    run = subprocess.run([sys.executable, "-m", "fbprop.rules", "div"], capture_output=True, text=True, check=True)
+    assert "b̄ = −ȳ y / b" in run.stdout

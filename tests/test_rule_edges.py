@@ -1,0 +1,73 @@
+"""What rules do where JAX has no derivative to compare a row with: errors, and wider support."""
+
+import fbprop
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fbprop.check import compare
+from jax import lax
+
+GROUPS = jnp.array([3, 4], jnp.int32)
+
+
+def test_repeated_products_have_no_cotangent_of_the_updates():
+    with pytest.raises(NotImplementedError, match="unique_indices=False expected True"):
+        fbprop.grad(lambda u: jnp.sum(jnp.ones(3).at[jnp.array([0, 0])].multiply(u)))(jnp.ones(2))
+
+
+def test_scatter_of_a_function_has_no_derivative():
+    with pytest.raises(NotImplementedError, match="A scatter that applies a function"):
+        fbprop.grad(lambda x: jnp.sum(x.at[jnp.array([0])].apply(jnp.sin)))(jnp.ones(3))
+
+
+def test_ragged_batches_have_no_derivative():
+    numbers = lax.RaggedDotDimensionNumbers((((2,), (1,)), ((0,), (0,))), [0], [])
+
+    def f(x):
+        return jnp.sum(lax.ragged_dot_general(x, jnp.ones((7, 5, 2)), GROUPS, numbers))
+
+    with pytest.raises(NotImplementedError, match="ragged dimension is free or contracted"):
+        fbprop.grad(f)(jnp.ones((7, 3, 5)))
+
+
+def test_ragged_product_has_a_second_derivative(x64):
+    """JAX has none, so the same rows are multiplied group by group."""
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.standard_normal((7, 3))), jnp.asarray(rng.standard_normal((2, 3, 5)))
+
+    def second(product, grad):
+        def once(x, w):
+            first = grad(lambda x, w: jnp.sum(jnp.sin(product(x, w))), (0, 1))(x, w)
+            return sum(jnp.sum(jnp.cos(d)) for d in first)
+
+        return grad(once, (0, 1))(x, w)
+
+    got = second(lambda x, w: lax.ragged_dot(x, w, GROUPS), fbprop.grad)
+    expected = second(lambda x, w: jnp.concatenate([x[:3] @ w[0], x[3:] @ w[1]]), jax.grad)
+    found = compare((x, w), got, expected, "jax, by group", 1e-12)
+    assert all(row.ok for row in found), "\n".join(map(str, found))
+
+
+def test_reduction_with_an_index_and_an_initial_value(x64):
+    """The index has no cotangent; the initial value, which takes part, has one."""
+
+    def reducer(p, q):
+        left = p[0] >= q[0]
+        return jnp.where(left, p[0], q[0]), jnp.where(left, p[1], q[1])
+
+    def largest(x, initial):
+        where = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        value, _ = lax.reduce((x, where), (initial, jnp.int32(-1)), reducer, (0,))
+        return value
+
+    x = jnp.array([[1.0, 5.0], [3.0, -2.0], [2.0, -3.0]])
+    dx, initial = fbprop.vjp(largest, x, jnp.array(4.0))[1](jnp.array([2.0, 3.0]))
+    np.testing.assert_array_equal(dx, [[0.0, 3.0], [0.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(initial, 2.0)
+
+
+def test_empty_operands(x64):
+    assert fbprop.grad(lambda x: jnp.sum(jnp.prod(x, 1)))(jnp.ones((3, 0))).shape == (3, 0)
+    dx = fbprop.grad(lambda x: jnp.sum(lax.slice(x, (3, 1), (3, 4))))(jnp.ones((5, 7)))
+    np.testing.assert_array_equal(dx, np.zeros((5, 7)))

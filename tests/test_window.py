@@ -1,0 +1,65 @@
+"""Pooling where JAX's own gradient is missing or wrong, against windows gathered one by one."""
+
+import itertools
+
+import fbprop
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases.case import apart
+from jax import lax
+
+
+def by_hand(x, size, strides, padding, dilation):
+    """The maximum of each window, from as many slices as a window has offsets."""
+    x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), [(lo, hi, 0) for lo, hi in padding])
+    extent = [(n - 1) * d + 1 for n, d in zip(size, dilation)]
+    views = []
+    for offset in itertools.product(*map(range, size)):
+        start = [k * d for k, d in zip(offset, dilation)]
+        stop = [n - e + a + 1 for n, e, a in zip(x.shape, extent, start)]
+        views.append(lax.slice(x, start, stop, strides))
+    return jnp.max(jnp.stack(views), 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "padding", "dilation"),
+    [
+        ((2, 3), (1, 2), ((0, 0), (1, 2)), (2, 3)),  # jax 0.10: no gradient with window dilation
+        ((7, 5), (1, 1), ((4, 5), (3, 3)), (1, 2)),  # the same, windows of more than 32 offsets
+        ((2, 2), (2, 1), ((-2, -1), (1, -1)), (1, 1)),  # jax 0.10: fails on negative padding
+        ((3, 2), (3, 1), ((0, 0), (0, 0)), (1, 5)),  # no room for a window
+    ],
+)
+def test_windows_that_jax_cannot_differentiate(size, strides, padding, dilation, x64):
+    x = jnp.asarray(apart(7, 5)(np.random.default_rng(0)))
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(99))
+
+    def loss(pool):
+        def scalar(x):
+            y = pool(x).reshape(-1)
+            return jnp.vdot(y * y, weights[: y.size])
+
+        return scalar
+
+    def pool(x):
+        return lax.reduce_window(
+            x, -np.inf, lax.max, size, strides, padding, window_dilation=dilation
+        )
+
+    got = fbprop.value_and_grad(loss(pool))(x)
+    expected = jax.value_and_grad(
+        loss(lambda x: by_hand(x, size, strides, padding, dilation))
+    )(x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), got, expected)
+
+
+@pytest.mark.parametrize("size", [3, 41])
+def test_nan_is_the_extremum_and_gets_the_gradient(size):
+    x = jnp.ones(41).at[1].set(jnp.nan)
+    pool = lambda x: lax.reduce_window(x, -np.inf, lax.max, (size,), (size,), "VALID")
+    y, pullback = fbprop.vjp(pool, x)
+    np.testing.assert_array_equal(y, pool(x))
+    assert np.isnan(y[0])
+    np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0][: size], np.eye(size)[1])
