@@ -48,7 +48,10 @@ class Flow:
                 if rule is None:
                     raise MissingRule(site)
                 site.reached = rule.reached(site)
-                reached.update(v for v, r in zip(eqn.invars, site.reached) if r)
+                # A literal can be reached (a carry that starts at 0.0) but has no cotangent.
+                reached.update(
+                    v for v, r in zip(eqn.invars, site.reached) if r and jc.is_var(v)
+                )
         return reached
 
 
@@ -163,7 +166,7 @@ class Engine(NamedTuple):
             wants = [values[atoms[i]] if jc.is_var(atoms[i]) else atoms[i].val for i in step.keep]
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):
-                    if not ct.is_zero(din):
+                    if jc.is_var(v) and not ct.is_zero(din):
                         acc[v] = ct.add(acc.get(v, ct.ZERO), din)
         return [acc.get(v, ct.ZERO) for v in body.invars]
 

@@ -80,6 +80,14 @@ def test_scan_does_not_carry_zeros_back():
     np.testing.assert_allclose(ours, jax.grad(fun, has_aux=True)(X)[0], rtol=1e-6)
 
 
+def test_a_carry_that_starts_at_a_constant():
+    def fun(xs):
+        return lax.scan(lambda c, x: (c + jnp.sin(x), None), 0.0, xs)[0]
+
+    np.testing.assert_allclose(fbprop.grad(fun)(X), jnp.cos(X), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(fbprop.grad(fun))(X), jnp.cos(X), rtol=1e-6)
+
+
 def test_while_runs_forward_and_refuses_backward():
     def fun(x, n):
         count = lax.while_loop(lambda i: i < n, lambda i: i + 1, 0)

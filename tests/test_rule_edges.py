@@ -1,12 +1,13 @@
 """What rules do where JAX has no derivative to compare a row with: errors, and wider support."""
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fbprop.check import compare
 from jax import lax
+
+import fbprop
+from fbprop.check import compare
 
 GROUPS = jnp.array([3, 4], jnp.int32)
 

@@ -2,13 +2,14 @@
 
 import itertools
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases.case import apart
 from jax import lax
+
+import fbprop
 
 
 def by_hand(x, size, strides, padding, dilation):

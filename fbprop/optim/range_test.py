@@ -13,6 +13,7 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.optim.chain import apply_updates
+from fbprop.optim.objective import call_loss, mean_of
 from fbprop.optim.schedules import exponential
 from fbprop.optim.sgd import sgd
 from fbprop.reverse import value_and_grad
@@ -38,7 +39,7 @@ class RangeTest(NamedTuple):
 
 def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sgd,
                        lowest: float = 1e-6, highest: float = 10.0, steps: int = 100,
-                       batch_size: int = 32, key: jax.Array | None = None,
+                       batch_size: int = 32, key: jax.Array | None = None, model_state=None,
                        rules: Table | None = None, fallback: str | None = None) -> RangeTest:
     """Learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3).
 
@@ -46,13 +47,14 @@ def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sg
     rate grows geometrically from ``lowest`` to ``highest``.
 
     Args:
-      loss: ``(params, batch, key) -> scalar`` or ``(scalar, metrics)``, as for `fbprop.train.step`.
+      loss: as for `fbprop.train.step`: ``(params, batch, key) -> scalar`` or ``(scalar, metrics)``.
       params: pytree of arrays; left as it is.
       data: pytree of arrays with examples along their first axis.
       optimizer: a function from learning rate to optimiser: ``optim.adam``, or a lambda.
       lowest, highest, steps: see above.
       batch_size: examples per step, drawn with replacement.
       key: random key for batches and loss; None: ``jax.random.key(0)``.
+      model_state: what the loss receives and returns besides, see `fbprop.train.step`; or None.
       rules, fallback: as for `fbprop.vjp`.
 
     Returns:
@@ -78,23 +80,24 @@ def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sg
     tested = optimizer(exponential(lowest, highest / lowest, steps - 1))
     of_batches, of_loss = jax.random.split(jax.random.key(0) if key is None else key)
 
-    def scalar(params, batch, key):
-        out = loss(params, batch, key)
-        return out[0] if isinstance(out, tuple) else out
+    def scalar(params, *rest):
+        out = call_loss(loss, params, *rest)
+        return mean_of(out.value), out.model_state
 
     def one(carry, at):
-        (params, state), (rows, count) = carry, at
-        value, grads = value_and_grad(scalar, rules=rules, fallback=fallback)(
-            params, tree_map(lambda x: x[rows], data), jax.random.fold_in(of_loss, count)
-        )
+        (params, state, model_state), (rows, count) = carry, at
+        batch = tree_map(lambda x: x[rows], data)
+        (value, model_state), grads = value_and_grad(
+            scalar, has_aux=True, rules=rules, fallback=fallback
+        )(params, batch, jax.random.fold_in(of_loss, count), model_state)
         updates, state = tested.update(grads, state, params)
-        return (apply_updates(params, updates), state), value
+        return (apply_updates(params, updates), state, model_state), value
 
     @jax.jit
     def run(params):
         n = jax.tree.leaves(data)[0].shape[0]
         rows = jax.random.randint(of_batches, (steps, batch_size), 0, n)
-        start = params, tested.init(params)
+        start = params, tested.init(params), model_state
         return lax.scan(one, start, (rows, jnp.arange(steps)))[1]
 
     rates = lowest * (highest / lowest) ** (np.arange(steps) / (steps - 1))

@@ -33,20 +33,20 @@ def _rfft(dy, lengths):
     That one counts every stored frequency twice, once for its missing mirror image, but for the
     first and, at even length, the middle one, which are their own mirror images.
     """
-    spectrum = lax.conj(dy) / _images(lengths[-1], dy.dtype)
+    spectrum = lax.conj(dy) / _images(lengths[-1], dy)
     return lax.fft(spectrum, lax.FftType.IRFFT, lengths) * math.prod(lengths)
 
 
 def _irfft(dy, lengths):
     """x̄ = conj(rfft ȳ) / N, frequencies that stand for two twice."""
     spectrum = lax.fft(dy, lax.FftType.RFFT, lengths)
-    return lax.conj(spectrum) * (_images(lengths[-1], spectrum.dtype) / math.prod(lengths))
+    return lax.conj(spectrum) * _images(lengths[-1], spectrum) / math.prod(lengths)
 
 
-def _images(n, dtype):
+def _images(n, spectrum):
     """How many of the n frequencies each of the n // 2 + 1 stored ones stands for."""
-    k = jnp.arange(n // 2 + 1)
-    return jnp.where((k == 0) | (2 * k == n), 1, 2).astype(dtype)
+    k = lax.broadcasted_iota(jnp.int32, spectrum.shape, spectrum.ndim - 1)
+    return jnp.where((k == 0) | (2 * k == n), 1, 2).astype(spectrum.dtype)
 
 
 RULES = [

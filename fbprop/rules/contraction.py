@@ -77,45 +77,46 @@ def _dot_general_b(dy, a, *, dimension_numbers, precision, preferred_element_typ
 
 
 def _ragged(site, kept, dy):
-    """Rows of the left operand meet the right one's matrix of their group, or sum within groups."""
+    """Rows of x meet the matrix of their group, or the ragged dimension is summed by group."""
     x, w, sizes = kept
     dims = site.params["ragged_dot_dimension_numbers"]
     (cx, cw), (bx, bw) = dims.dot_dimension_numbers
-    (ragged,) = dims.lhs_ragged_dimensions
-    group = list(dims.rhs_group_dimensions)
+    (row,), group = dims.lhs_ragged_dimensions, list(dims.rhs_group_dimensions)
+    _check_ragged(site, row in bx, row)
     free_x, free_w = _free(x.ndim, cx, bx), _free(w.ndim, cw, bw, group)
-    first = 1 if ragged in cx else 0  # dimensions of dy: [group,] batch, free_x, free_w
-    batch = list(range(first, first + len(bx)))
-    dy_x = list(range(batch[-1] + 1 if batch else first, dy.ndim - len(free_w)))
-    dy_w = list(range(dy.ndim - len(free_w), dy.ndim))
     left_x, left_w = [cx[i] for i in np.argsort(cw)], [cw[i] for i in np.argsort(cx)]
+    # Dimensions of ȳ: the group if it was summed by group, batch, free ones of x, of w.
+    first, last = 1 if row in cx else 0, dy.ndim - len(free_w)
+    batch = list(range(first, first + len(bx)))
+    dy_x, dy_w = list(range(first + len(bx), last)), list(range(last, dy.ndim))
+    if row in cx:
+        over, at, groups = ((free_w, dy_w), (bw, batch)), cw[list(cx).index(row)], [0]
+        to_x = w, dy, sizes, over, at, groups, [*bx, *left_x, *free_x]
+    else:
+        over, at, groups = ((dy_w, free_w), (batch, bw)), dy_x[free_x.index(row)], []
+        to_x = dy, w, sizes, over, at, group, [*bx, *free_x, *left_x]
+    over = (free_x, dy_x), (bx, batch)
+    to_w = x, dy, sizes, over, row, groups, [*group, *bw, *left_w, *free_w]
+    wanted = zip((to_x, to_w), site.reached)
+    return [*(_by_group(site, *product) if r else None for product, r in wanted), None]
 
-    def product(lhs, rhs, contracted, batches, ragged, group, order):
-        numbers = lax.RaggedDotDimensionNumbers((contracted, batches), [ragged], group)
-        out = lax.ragged_dot_general(
-            lhs, rhs, sizes, numbers, precision=site.params["precision"],
-            preferred_element_type=site.params["preferred_element_type"],
-        )
-        return lax.transpose(out, np.argsort(order))
 
-    if ragged in free_x:
-        row = dy_x[free_x.index(ragged)]
-        return (
-            product(dy, w, (dy_w, free_w), (batch, bw), row, group, [*bx, *free_x, *left_x]),
-            product(x, dy, (free_x, dy_x), (bx, batch), ragged, [], [*group, *bw, *left_w, *free_w]),
-            None,
+def _check_ragged(site, in_batch, row):
+    if in_batch:
+        raise NotImplementedError(
+            "A ragged product is differentiated where its ragged dimension is free or contracted, "
+            f"got batch dimension {row} of the left operand{site.location()}: use dot_general."
         )
-    if ragged in cx:
-        row = cw[list(cx).index(ragged)]
-        return (
-            product(w, dy, (free_w, dy_w), (bw, batch), row, [0], [*bx, *left_x, *free_x]),
-            product(x, dy, (free_x, dy_x), (bx, batch), ragged, [0], [*bw, *left_w, *free_w]),
-            None,
-        )
-    raise NotImplementedError(
-        "A ragged product is differentiated where its ragged dimension is free or contracted, got "
-        f"batch dimension {ragged} of the left operand{site.location()}: use dot_general for it."
+
+
+def _by_group(site, x, w, sizes, over, row, group, order):
+    """A ragged product whose result's dimensions are those of an operand, in this order."""
+    out = lax.ragged_dot_general(
+        x, w, sizes, lax.RaggedDotDimensionNumbers(over, [row], group),
+        precision=site.params["precision"],
+        preferred_element_type=site.params["preferred_element_type"],
     )
+    return lax.transpose(out, np.argsort(order))
 
 
 RULES = [

@@ -16,20 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.jaxcompat import bind
 from fbprop.rule import Pullbacks
 
-CHUNK_BYTES = 1 << 20  # of operand and result, per step of a loop over images
+CHUNK_BYTES = 1 << 19  # of operand and result, per step of a loop over images
 UNROLLED = 32  # kernel elements that are written out one by one
 
 
 def formulation(x, w, numbers, strides, padding, x_dilation, groups, batch_groups):
     """How a convolution of these types is computed, forward and backward.
 
-    "matmul": a 1x1 kernel is one; 0.5 of the time, no temporary memory.
-    "taps": depthwise, on CPU: shifted multiply-adds, a few images at a time; 0.1 of the time.
-    "convolution": everything else. Its kernel cotangent takes a few images at a time on CPU:
-    0.8 of the time and 0.06-0.4 of the memory of all at once.
-    (float32, one core, forward and backward, against `jax.grad`.)
+    "matmul": a 1x1 kernel is one; 0.55 of the time, no temporary memory.
+    "taps": depthwise, on CPU: shifted multiply-adds, a few images at a time; 0.08 and 0.65.
+    "convolution": everything else; on CPU the kernel's cotangent a few images at a time: 0.92-0.96
+    of the time (0.02 in `lax.scan`), 0.03-0.5 of the memory.
+    (float32, one core, forward and backward together, against `jax.grad`.)
     """
     kernel = [w.shape[i] for i in numbers[1][2:]]
     o, c = w.shape[numbers[1][0]], x.shape[numbers[0][1]]
@@ -41,7 +42,8 @@ def formulation(x, w, numbers, strides, padding, x_dilation, groups, batch_group
 
 
 class Convolution(Pullbacks):
-    """Pullbacks for both operands, and a forward of its own where that is faster."""
+    """Pullbacks for both operands, and on CPU a forward of its own where that is faster: for the
+    formulations above, and for other layouts, where XLA is slow inside loops (NCHW, 3x3: 0.08)."""
 
     def formulation(self, site):
         x, w = site.in_avals
@@ -52,19 +54,26 @@ class Convolution(Pullbacks):
         )
 
     def prepare(self, site):
-        step, chosen = super().prepare(site), self.formulation(site)
-        if chosen == "convolution":
+        step, chosen, p = super().prepare(site), self.formulation(site), site.params
+        orders = _orders(p["dimension_numbers"])
+        ordinary = all(tuple(order) == tuple(range(len(order))) for order in orders)
+        if p["batch_group_count"] > 1 or (chosen == "convolution" and ordinary):
             return step
-        p, out = site.params, site.out_avals[0].dtype
+
+        def here(x, w):
+            x, w = lax.transpose(x, orders[0]), lax.transpose(w, orders[1])
+            y = _convolve(
+                x, w, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"],
+                p["feature_group_count"], chosen, precision=p["precision"],
+                preferred_element_type=site.out_avals[0].dtype,
+            )
+            return _back(y, orders[2])
+
+        def as_it_stands(x, w):
+            return bind(site.eqn, [x, w])[0]
 
         def forward(x, w):
-            to_x, to_w, to_y = _orders(p["dimension_numbers"])
-            y = _convolve(
-                lax.transpose(x, to_x), lax.transpose(w, to_w), p["window_strides"], p["padding"],
-                p["lhs_dilation"], p["rhs_dilation"], p["feature_group_count"], chosen,
-                precision=p["precision"], preferred_element_type=out,
-            )
-            return [_back(y, to_y)], ()
+            return [lax.platform_dependent(x, w, cpu=here, default=as_it_stands)], ()
 
         return step._replace(forward=forward)
 
@@ -100,14 +109,16 @@ def _convolve(
 
     def taps(x, w):
         count = _output_sizes(x, w, strides, pads, dilation, kernel_dilation)
-        each = lambda x: _sum_of_taps(x, w, strides, pads, dilation, kernel_dilation, count)
-        return _map_images(each, x, math.prod(count) * x.shape[-1] * x.dtype.itemsize)
+        out = precision["preferred_element_type"] or x.dtype
+
+        def each(x):
+            views = _views(_wide(x), w.shape[:n], strides, pads, dilation, kernel_dilation, count)
+            return sum(view * _wide(w)[*tap, 0] for tap, view in views).astype(out)
+
+        return _map_images(each, x, (x.shape[0], *count, x.shape[-1]), out)
 
     if chosen == "taps":
-        out = precision["preferred_element_type"] or x.dtype
-        return lax.platform_dependent(
-            x, w, cpu=lambda x, w: taps(x, w).astype(out), default=ordinary
-        )
+        return lax.platform_dependent(x, w, cpu=taps, default=ordinary)
     return ordinary(x, w)
 
 
@@ -134,20 +145,16 @@ def _views(x, kernel, strides, pads, dilation, kernel_dilation, count):
         )
 
 
-def _sum_of_taps(x, w, strides, pads, dilation, kernel_dilation, count):
-    x, w = _wide(x), _wide(w)
-    views = _views(x, w.shape[:-2], strides, pads, dilation, kernel_dilation, count)
-    return sum(view * w[*tap, 0] for tap, view in views)
-
-
 def _wide(x):
     """Products of 16-bit numbers are summed in float32, as XLA's convolutions do."""
     return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
 
 
 def _images_per_chunk(images, bytes_per_image):
-    """The largest divisor of the number of images that stays within CHUNK_BYTES."""
-    limit = max(CHUNK_BYTES // max(bytes_per_image, 1), 1)
+    """The largest divisor of the number of images within CHUNK_BYTES, but 2 rather than 1: loops
+    over single images, whose results XLA does not update in place, take more time and memory.
+    """
+    limit = max(CHUNK_BYTES // max(bytes_per_image, 1), 2)
     return max(d for d in range(1, images + 1) if images % d == 0 and d <= limit)
 
 
@@ -155,13 +162,20 @@ def _chunks(x, size):
     return x.reshape(x.shape[0] // size, size, *x.shape[1:])
 
 
-def _map_images(fun, x, out_bytes):
-    """fun(x), a few images at a time."""
-    size = _images_per_chunk(x.shape[0], x.nbytes // x.shape[0] + out_bytes)
-    if size == x.shape[0]:
+def _map_images(fun, x, shape, dtype):
+    """fun(x), of this shape and dtype, a few images at a time."""
+    images, out_bytes = x.shape[0], math.prod(shape) * np.dtype(dtype).itemsize
+    size = _images_per_chunk(images, (x.nbytes + out_bytes) // images)
+    if size == images:
         return fun(x)
-    parts = lax.map(fun, _chunks(x, size))
-    return parts.reshape(-1, *parts.shape[2:])
+    if (shape, dtype) != (x.shape, x.dtype):
+        return lax.map(fun, _chunks(x, size)).reshape(shape)
+
+    def in_place(i, x):  # a fresh buffer for results would double the temporary memory
+        part = fun(lax.dynamic_slice_in_dim(x, i * size, size))
+        return lax.dynamic_update_slice_in_dim(x, part, i * size, 0)
+
+    return lax.fori_loop(0, images // size, in_place, x)
 
 
 def _sum_images(fun, x, dy, shape):
@@ -169,7 +183,7 @@ def _sum_images(fun, x, dy, shape):
     size = _images_per_chunk(x.shape[0], (x.nbytes + dy.nbytes) // x.shape[0])
     if size == x.shape[0]:
         return fun(x, dy)
-    dtype = jnp.promote_types(dy.dtype, jnp.float32)
+    dtype = _wide(dy).dtype
     total, _ = lax.scan(
         lambda total, part: (total + fun(*part).astype(dtype), None),
         jnp.zeros(shape, dtype), (_chunks(x, size), _chunks(dy, size)),

@@ -41,7 +41,8 @@ def _pad_end(x, count):
 def _interleave(even, odd):
     n, zero = even.shape[0] + odd.shape[0], jnp.zeros((), even.dtype)
     rest = [(0, 0, 0)] * (even.ndim - 1)
-    return lax.pad(even, zero, [(0, 1 - n % 2, 1), *rest]) + lax.pad(odd, zero, [(1, n % 2, 1), *rest])
+    even = lax.pad(even, zero, [(0, 1 - n % 2, 1), *rest])
+    return even + lax.pad(odd, zero, [(1, n % 2, 1), *rest])
 
 
 def _product_pull(d, a, b, out):

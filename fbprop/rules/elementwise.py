@@ -184,7 +184,8 @@ POWERS = [
         "one_minus_square", "y = 1 − x²;  x̄ = −2 ȳ x.  Keeps x.", lambda dy, x: dy * (-2 * x)
     ),
     _broadcast(pair(
-        "polynomial", "y = Σ cₖ xᵏ;  x̄ = ȳ Σ k cₖ xᵏ⁻¹, c̄ₖ = ȳ xᵏ.  Keeps x, and c₁, c₂, ... for x̄.",
+        "polynomial",
+        "y = Σ cₖ xᵏ;  x̄ = ȳ Σ k cₖ xᵏ⁻¹, c̄ₖ = ȳ xᵏ.  Keeps x, and c₁, c₂, ... for x̄.",
         _polynomial, keep=_polynomial_keeps, keeps="x; for x̄ the coefficients",
     )),
 ]

@@ -170,7 +170,7 @@ def _scatter_with_winners(params):
     return forward
 
 
-# Starts have been counted from the front once, so a negative one is to be clamped, not counted again.
+# Starts have been counted from the front already: a negative one is clamped, not counted again.
 _read = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 _write = functools.partial(lax.dynamic_update_slice, allow_negative_indices=False)
 

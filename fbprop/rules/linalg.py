@@ -23,6 +23,7 @@ from fbprop.rules import solves
 from fbprop.rules.solves import (
     diag,
     diagonal,
+    eye_like,
     h,
     mm,
     solve_adjoint,
@@ -40,11 +41,11 @@ def _phi(a):
 
 def _cholesky(site, kept, dy):
     """S = L⁻ᴴ Φ(Lᴴ G_L) L⁻¹ is G_A up to symmetry; only A's lower triangle is read."""
-    (l,) = kept
-    s = _phi(mm(h(jnp.tril(l)), jnp.tril(jnp.conj(dy))))
+    (factor,) = kept
+    s = _phi(mm(h(jnp.tril(factor)), jnp.tril(jnp.conj(dy))))
     adjoint = {"lower": True, "transpose_a": True, "conjugate_a": True}
-    s = solve_triangular(l, s, left_side=True, **adjoint)
-    s = solve_triangular(l, s, left_side=False, lower=True)
+    s = solve_triangular(factor, s, left_side=True, **adjoint)
+    s = solve_triangular(factor, s, left_side=False, lower=True)
     return [jnp.conj(_phi(s + h(s)))]
 
 
@@ -58,8 +59,8 @@ def _lu(site, kept, dy, *_):
     k = min(lu.shape[-2:])
     square, below, beside = lu[..., :k, :k], lu[..., k:, :k], lu[..., :k, k:]
     dy_square, dy_below, dy_beside = dy[..., :k, :k], dy[..., k:, :k], dy[..., :k, k:]
-    eye = jnp.eye(k, dtype=lu.dtype)
-    strict = mm(t(jnp.tril(square, -1) + eye), dy_square) - mm(dy_beside, t(beside))
+    unit = jnp.tril(square, -1) + eye_like(square)
+    strict = mm(t(unit), dy_square) - mm(dy_beside, t(beside))
     upper = mm(dy_square, t(jnp.triu(square))) - mm(t(below), dy_below)
     left = {"left_side": True, "lower": True, "transpose_a": True, "unit_diagonal": True}
     right = {"left_side": False, "lower": False, "transpose_a": True}
@@ -72,7 +73,8 @@ def _lu(site, kept, dy, *_):
 
 
 def _qr(site, kept, dq, dr, *_):
-    """Thin: W = R G_Rᴴ..., see `_thin_qr`; wide A = [A₁ A₂] = Q [R₁ R₂] adds R₂ = Qᴴ A₂."""
+    """Wide A = [A₁ A₂] = Q [R₁ R₂] is the square A₁ = Q R₁ and R₂ = Qᴴ A₂: G_A₂ = Q G_R₂, and
+    A₂ G_R₂ᴴ = Q R₂ G_R₂ᴴ is added to G_Q. Tall full A: `_complement`, then as thin."""
     q, r, *permutation = kept
     gq, gr = jnp.conj(dq), jnp.conj(dr)
     m, n = q.shape[-2], r.shape[-1]
@@ -107,18 +109,23 @@ def _complement(q, gq, n):
     Z = Q_pn (Q_nn − I)⁻¹ with p = m − n, K = Q_mn + Q_mp Z: the others move by
     dQ_mp = dQ_mn Zᴴ − K ([−Z I] dQ_mn)ᴴ (arXiv:2409.13374, equation 32), here transposed.
     """
-    top = q[..., :n, :n] - jnp.eye(n, dtype=q.dtype)
-    z = h(solve_adjoint(top, h(q[..., n:, :n])))
+    top = q[..., :n, :n]
+    z = h(solve_adjoint(top - eye_like(top), h(q[..., n:, :n])))
     k = q[..., :n] + mm(q[..., n:], z)
     others = gq[..., n:]
     folded = mm(h(others), k)
     return gq[..., :n] + mm(others, z) - jnp.concatenate([-mm(h(z), folded), folded], -2)
 
 
-def _inverse_gaps(w, gaps):
+def _inverse(gaps):
     """1 / gaps off the diagonal, 0 on it."""
-    eye = jnp.eye(w.shape[-1], dtype=w.dtype)
+    eye = eye_like(gaps)
     return 1 / (gaps + eye) - eye
+
+
+def _gaps(w):
+    """w_j − w_i."""
+    return w[..., None, :] - w[..., None]
 
 
 def _eigh(site, kept, dv, dw):
@@ -131,8 +138,7 @@ def _eigh(site, kept, dv, dw):
         )
     g = diag(dw).astype(v.dtype)
     if site.wanted[0]:
-        gaps = _inverse_gaps(w, w[..., None, :] - w[..., None])
-        g = g + gaps.astype(v.dtype) * mm(h(v), jnp.conj(dv))
+        g = g + _inverse(_gaps(w)).astype(v.dtype) * mm(h(v), jnp.conj(dv))
     return [jnp.conj(mm(mm(v, g), h(v)))]
 
 
@@ -161,8 +167,7 @@ def _svd(site, kept, ds, *dvectors):
     gu, gv = jnp.conj(dvectors[0]), t(dvectors[1])
     x, y = mm(h(u), gu), mm(vt, gv)
     row, column = s[..., None, :].astype(u.dtype), s[..., None].astype(u.dtype)
-    f = _inverse_gaps(s, (s[..., None, :] + s[..., None]) * (s[..., None, :] - s[..., None]))
-    f = f.astype(u.dtype)
+    f = _inverse((s[..., None, :] + s[..., None]) * _gaps(s)).astype(u.dtype)
     g = g + f * (x - h(x)) * row + column * f * (y - h(y))
     if jnp.issubdtype(u.dtype, jnp.complexfloating):
         phases = jnp.imag(diagonal(x)) / jnp.where(s == 0, jnp.inf, s)
@@ -224,36 +229,32 @@ def _eigenvectors(w, v, gw, gv):
     if gv is not None:
         gamma = jnp.sum(jnp.conj(v) * gv, -2, keepdims=True)
         largest = jnp.argmax(jnp.abs(v), -2, keepdims=True)
-        at_largest = jnp.arange(v.shape[-2])[:, None] == largest
+        at_largest = lax.broadcasted_iota(largest.dtype, v.shape, v.ndim - 2) == largest
         turn = jnp.where(at_largest, jnp.imag(gamma) / jnp.where(at_largest, jnp.real(v), 1), 0)
         length = jnp.real(gamma).astype(v.dtype)
         gu = gv - v * length - lax.complex(jnp.zeros_like(turn), turn)
-        g = g + _conj_gaps(w) * mm(h(v), gu)
+        g = g + jnp.conj(_inverse(_gaps(w))) * mm(h(v), gu)
     return mm(solve_adjoint(v, g), h(v))
-
-
-def _conj_gaps(w):
-    return jnp.conj(_inverse_gaps(w, w[..., None, :] - w[..., None]))
 
 
 RULES = [
     *solves.RULES,
     pair(
         "cholesky",
-        "A = L Lᴴ;  Ā = Φ(S + Sᴴ), S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹, in the lower triangle, the one that is read.  "
-        "Keeps L.  Murray 2016.",
+        "A = L Lᴴ;  Ā = Φ(S + Sᴴ), S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹, in the lower triangle, the one that is "
+        "read.  Keeps L.  Murray 2016.",
         _cholesky, keep=lambda site: (1,), keeps="out",
     ),
     pair(
         "lu",
-        "A[p] = L U;  Ā[p] = L⁻ᵀ (tril(Lᵀ Ȳ, −1) + triu(Ȳ Uᵀ)) U⁻ᵀ for square A, Y = L − I + U.  Keeps "
-        "Y and p.  De Hoog et al. 2011.",
+        "A[p] = L U;  Ā[p] = L⁻ᵀ (tril(Lᵀ Ȳ, −1) + triu(Ȳ Uᵀ)) U⁻ᵀ for square A, Y = L − I + U.  "
+        "Keeps Y and p.  De Hoog et al. 2011.",
         _lu, keep=lambda site: (1, 3), keeps="the factors, the permutation",
     ),
     pair(
         "qr",
-        "A = Q R;  Ā = (Q̄ + Q H) R⁻ᴴ, H Hermitian with the upper triangle of R̄ Rᴴ − Qᴴ Q̄.  Keeps Q, R "
-        "(and the permutation).  Walter & Lehmann 2010.",
+        "A = Q R;  Ā = (Q̄ + Q H) R⁻ᴴ, H Hermitian with the upper triangle of R̄ Rᴴ − Qᴴ Q̄.  Keeps "
+        "Q, R (and the permutation).  Walter & Lehmann 2010.",
         _qr, keep=lambda site: tuple(range(1, 1 + len(site.out_avals))), keeps="the results",
     ),
     pair(
@@ -265,8 +266,8 @@ RULES = [
     ),
     pair(
         "eigh",
-        "A = V W Vᴴ;  Ā = V (W̄ + F ∘ Vᴴ V̄) Vᴴ, F_ij = 1 / (w_j − w_i), for A as a Hermitian whole.  "
-        "Keeps V and W.  Equal eigenvalues: infinite if V is used.  Giles 2008.",
+        "A = V W Vᴴ;  Ā = V (W̄ + F ∘ Vᴴ V̄) Vᴴ, F_ij = 1 / (w_j − w_i), for A as a Hermitian "
+        "whole.  Keeps V and W.  Equal eigenvalues: infinite if V is used.  Giles 2008.",
         _eigh, keep=lambda site: (1, 2), keeps="the results",
     ),
     pair(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fbprop.rule import Rule, Step, broadcasting, pair
@@ -61,7 +62,7 @@ def _largest(name, math):
 
 
 def _where(condition, dy):
-    return jnp.where(condition, dy, jnp.zeros((), dy.dtype))
+    return jnp.where(condition, dy, np.zeros((), dy.dtype))
 
 
 RULES = [

@@ -119,13 +119,13 @@ RULES = [
         x=_extremum,
     ),
     rule(
-        "reduce_prod", "y = Π x;  x̄ = ȳ Π of the others, by halving and without a division, so that "
-        "it holds at zeros too. Keeps x.",
+        "reduce_prod", "y = Π x;  x̄ = ȳ Π of the others, by halving and without a division, so "
+        "that it holds at zeros too. Keeps x.",
         x=_product,
     ),
     pair(
-        "reduce", "y = x₁ ∘ x₂ ∘ ... for a reducer ∘ of the user's;  x̄ by halving, ∘ differentiated "
-        "by the table. Keeps operands and initial values.",
+        "reduce", "y = x₁ ∘ x₂ ∘ ... for a reducer ∘ of the user's;  x̄ by halving, ∘ "
+        "differentiated by the table. Keeps operands and initial values.",
         _reduce, keep=lambda site: range(len(site.in_avals)), keeps="all operands",
     ),
     *no_gradient("An index: discrete, no gradient.", "argmax", "argmin"),

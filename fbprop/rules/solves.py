@@ -31,9 +31,15 @@ def diagonal(a):
     return jnp.diagonal(a, axis1=-2, axis2=-1)
 
 
+def eye_like(a):
+    """Identity matrices in the shape of the square matrices ``a``."""
+    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
 def diag(d):
     """The matrix with this diagonal."""
-    return d[..., None] * jnp.eye(d.shape[-1], dtype=d.dtype)
+    n = d.shape[-1]
+    return jnp.where(jnp.broadcast_to(jnp.eye(n, dtype=bool), (*d.shape, n)), d[..., None], 0)
 
 
 def solve_triangular(a, b, **form):
@@ -86,15 +92,15 @@ def _tridiagonal_solve(site, kept, dy):
 RULES = [
     pair(
         "triangular_solve",
-        "Y = op(A)⁻¹ B or B op(A)⁻¹;  B̄ = op(A)⁻ᵀ Ȳ or Ȳ op(A)⁻ᵀ, the cotangent of op(A) is −B̄ Yᵀ or "
-        "−Yᵀ B̄, within the triangle that is read.  Keeps A, and Y for Ā.  Giles 2008, section 2.3.1.",
+        "Y = op(A)⁻¹ B or B op(A)⁻¹;  B̄ = op(A)⁻ᵀ Ȳ or Ȳ op(A)⁻ᵀ, the cotangent of op(A) is −B̄ Yᵀ "
+        "or −Yᵀ B̄, within the triangle that is read.  Keeps A, and Y for Ā.  Giles 2008, 2.3.1.",
         _triangular_solve, keep=lambda site: (0, 2) if site.active[0] else (0,),
         keeps="A; for Ā the result",
     ),
     pair(
         "tridiagonal_solve",
-        "Y = T⁻¹ B, T with diagonals l, d, u;  B̄ = T⁻ᵀ Ȳ, T̄ = −B̄ Yᵀ on the three diagonals (l₀ and the "
-        "last of u are not read: 0).  Keeps l, d, u, and Y for T̄.",
+        "Y = T⁻¹ B, T with diagonals l, d, u;  B̄ = T⁻ᵀ Ȳ, T̄ = −B̄ Yᵀ on the three diagonals (the "
+        "first of l and the last of u are not read: 0).  Keeps l, d, u, and Y for T̄.",
         _tridiagonal_solve,
         keep=lambda site: (0, 1, 2, 4) if any(site.active[:3]) else (0, 1, 2),
         keeps="T; for T̄ the result",

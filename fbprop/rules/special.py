@@ -21,8 +21,8 @@ def _no_derivative(function, operand):
 
     def pullback(dy):
         raise NotImplementedError(
-            f"{function} has a derivative in its last operand only, got one asked for in {operand!r} "
-            f"expected {operand!r} to be constant: wrap it in jax.lax.stop_gradient."
+            f"{function} has a derivative in its last operand only, got one asked for in "
+            f"{operand!r} expected it to be constant: wrap it in jax.lax.stop_gradient."
         )
 
     return pullback
@@ -90,7 +90,8 @@ RULES = [
         a=lambda dy, a, x: dy * lax.igamma_grad_a(a, x), x=_igamma_x,
     ),
     broadcasting(
-        "igammac", "y = 1 − P(a, x);  the cotangents of igamma with the other sign.  Keeps a and x.",
+        "igammac",
+        "y = 1 − P(a, x);  the cotangents of igamma with the other sign.  Keeps a and x.",
         a=lambda dy, a, x: -dy * lax.igamma_grad_a(a, x),
         x=lambda dy, a, x: _igamma_x(-dy, a, x),
     ),

@@ -29,7 +29,7 @@ _PACKAGES = ("fbprop", "jax", "jaxlib", "numpy")
 
 def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
          keep_last: int | None = None, keep: Iterable[str | os.PathLike] = ()) -> pathlib.Path:
-    """Writes a state to one file; whatever happens meanwhile, the file is old or new, never between.
+    """Writes a state to one file; whatever happens meanwhile, the file is the old or the new one.
 
     The bytes go to a hidden file beside it, reach the disk, and are renamed into place.
 
@@ -63,10 +63,7 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
       >>> again.params["w"].tolist()
       [1.0, 1.0, 1.0]
     """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(
-            f"The last checkpoint stays, got keep_last={keep_last} expected >= 1, or None for all."
-        )
+    check_keep_last(keep_last)
     path = pathlib.Path(path)
     named = named_leaves(state)
     manifest = {
@@ -74,6 +71,7 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
         "versions": {package: _version(package) for package in _PACKAGES},
         "step": _step(state),
         "leaves": [_description(name, leaf) for name, leaf in named.items()],
+        "keys": {name: str(jax.random.key_impl(x)) for name, x in named.items() if _is_key(x)},
         "metadata": metadata or {},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +105,7 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
     manifest = _manifest(path, contents.metadata)
     _check_same(path, manifest["leaves"], like)
     leaves = [
-        _leaf(contents.array(entry["path"]), entry, wanted)
+        _leaf(contents.array(entry["path"]), entry, manifest["keys"].get(entry["path"]), wanted)
         for entry, wanted in zip(manifest["leaves"], jax.tree.leaves(like))
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -117,7 +115,8 @@ def read_manifest(path: str | os.PathLike) -> dict:
     """What a checkpoint says about itself, without reading or checking its arrays.
 
     Returns:
-      ``{"format", "versions", "step", "leaves": [{"path", "shape", "dtype"}, ...], "metadata"}``.
+      ``{"format", "versions", "step", "leaves": [{"path", "shape", "dtype"}, ...], "keys": {path:
+      implementation of a random key}, "metadata"}``.
 
     Raises:
       CheckpointError: the header is damaged, or the file is no checkpoint.
@@ -139,6 +138,13 @@ def latest(directory: str | os.PathLike) -> pathlib.Path | None:
     """
     found = [(_step_of(file), file) for file in pathlib.Path(directory).glob("*.safetensors")]
     return max((pair for pair in found if pair[0] is not None), default=(None, None))[1]
+
+
+def check_keep_last(keep_last):
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(
+            f"The last checkpoint stays, got keep_last={keep_last} expected >= 1, or None for all."
+        )
 
 
 def check_format(path, manifest):
@@ -176,12 +182,12 @@ def _step(state) -> int:
 
 
 def _is_key(x) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return _is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _plain(x):
     """A leaf as an array that NumPy knows: a random key as its uint32 numbers."""
-    return jax.random.key_data(x) if _is_array(x) and _is_key(x) else x
+    return jax.random.key_data(x) if _is_key(x) else x
 
 
 def _is_array(x) -> bool:
@@ -210,23 +216,18 @@ def _say(entry) -> str:
     return f"{entry['path']!r} of {entry['dtype']}[{','.join(map(str, entry['shape']))}]"
 
 
-def _leaf(stored, entry, like):
-    """The saved leaf as a JAX array of its own, where ``like`` is."""
-    if _is_array(like) and _is_key(like):
-        # The implementation is in the dtype's name, which was found equal: that of `like` is right.
-        leaf = jax.random.wrap_key_data(jnp.array(stored), impl=_implementation(like))
+def _leaf(stored, entry, implementation, like):
+    """The saved leaf as what ``like`` is, where it is; a copy, because steps donate it."""
+    if implementation is not None:
+        leaf = jax.random.wrap_key_data(jnp.array(stored), impl=implementation)
     else:
         dtype = jnp.dtype(entry["dtype"])
-        if stored.dtype != dtype:  # a dtype that safetensors files do not have, as its bytes
+        if stored.dtype != dtype:  # a dtype that the format does not have, as its bytes
             stored = np.frombuffer(stored.tobytes(), dtype).reshape(entry["shape"])
-        leaf = jnp.array(stored, dtype=dtype)  # a copy: steps donate it
+        if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+            return stored.copy() if _is_array(like) else stored.item()
+        leaf = jnp.array(stored)
     return jax.device_put(leaf, like.sharding) if getattr(like, "committed", False) else leaf
-
-
-def _implementation(like):
-    """The key implementation of a key or of its abstract value."""
-    concrete = like if isinstance(like, jax.Array) else jax.eval_shape(lambda: like)
-    return str(jax.random.key_impl(concrete))
 
 
 def _step_of(file) -> int | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
-from fbprop.optim.transform import wide
+from fbprop.optim.objective import Weighted, number
 
 
 def evaluate(metric: Callable, batch_size: int = 256) -> Callable:
@@ -17,7 +17,9 @@ def evaluate(metric: Callable, batch_size: int = 256) -> Callable:
 
     Args:
       metric: ``(params, batch) -> pytree of arrays``: means over the batch, or one value per
-        example [batch] (0-d or 1-d). Means of the last, shorter batch count by its size.
+        example [batch] (0-d or 1-d). Means of the last, shorter batch count by its size; a
+        `Weighted` by its weight. Further arguments of the returned function are passed on to it:
+        a model state, say.
       batch_size: examples at a time, what memory allows; the result does not depend on it.
 
     Returns:
@@ -37,14 +39,40 @@ def evaluate(metric: Callable, batch_size: int = 256) -> Callable:
     """
     _check_batch_size(batch_size)
 
-    def run(params, data):
-        def totals(batch):
-            return tree_map(lambda m: _total(m, _length(batch)), metric(params, batch))
-
-        parts = _batch_by_batch(totals, data, batch_size)
-        return tree_map(lambda *sums: sum(map(jnp.sum, sums)) / _length(data), *parts)
+    def run(params, data, *more):
+        return _means(_batch_by_batch(_totals(metric, params, more), data, batch_size))
 
     return jax.jit(run)
+
+
+def evaluate_batches(metric: Callable) -> Callable:
+    """As `evaluate`, for data that come in batches: ``(params, batches) -> metrics``.
+
+    Args:
+      metric: see `evaluate`.
+
+    Returns:
+      The function; ``batches`` is any iterable of pytrees of arrays, of equal or different sizes.
+
+    Raises:
+      ValueError: no batches, or a metric with more axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fbprop import train
+      >>> mean = train.evaluate_batches(lambda params, batch: jnp.mean(batch))
+      >>> float(mean(None, [jnp.array([1.0, 2.0]), jnp.array([6.0])]))
+      3.0
+    """
+    totals = jax.jit(lambda params, batch, *more: _totals(metric, params, more)(batch))
+
+    def run(params, batches, *more):
+        parts = [totals(params, batch, *more) for batch in batches]
+        if not parts:
+            raise ValueError("An evaluation needs examples, got no batches expected at least one.")
+        return _means(parts)
+
+    return run
 
 
 def predict(apply: Callable, batch_size: int = 256) -> Callable:
@@ -95,17 +123,39 @@ def _batch_by_batch(fun, data, batch_size):
     return parts
 
 
-def _total(m, n):
-    """The sum over the batch of a metric given as a mean or per example."""
+def _totals(metric, params, more):
+    """``batch -> metrics``, each as a `Weighted`."""
+    def of(batch):
+        n = _length(batch)
+        return tree_map(lambda m: _total(m, n), metric(params, batch, *more), is_leaf=_is_weighted)
+
+    return of
+
+
+def _means(parts):
+    """The metrics over all batches from every batch's `Weighted` ones (scalars, or joined)."""
+    def one(*totals):
+        return Weighted(*(sum(map(jnp.sum, column)) for column in zip(*totals))).mean
+
+    return tree_map(one, *parts, is_leaf=_is_weighted)
+
+
+def _is_weighted(m):
+    return isinstance(m, Weighted)
+
+
+def _total(m, n) -> Weighted:
+    """The sum over the batch of a metric given as a mean, per example, or `Weighted`."""
+    if _is_weighted(m):
+        return Weighted(*map(number, m))
     m = jnp.asarray(m)
     if m.shape not in ((), (n,)):
         raise ValueError(
             f"A metric is a mean or one value per example, got shape {m.shape} expected () or "
             f"({n},): reduce the other axes, or use fbprop.train.predict for whole outputs."
         )
-    m = wide(m) if jnp.issubdtype(m.dtype, jnp.floating) else m.astype(jnp.float32)
-    return jnp.sum(m) if m.ndim else m * n
-
+    m = number(m)
+    return Weighted(jnp.sum(m) if m.ndim else m * n, jnp.full((), n, m.dtype))
 
 def _length(data) -> int:
     sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(data)}

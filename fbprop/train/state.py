@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fbprop.optim.chain import check_optimizer
+from fbprop.train.precision import LossScale
 
 
 class State(NamedTuple):
@@ -19,15 +20,21 @@ class State(NamedTuple):
       step: updates done, int32 [].
       key: the run's random key, the same throughout; step t uses ``fold_in(key, t)``, so a run
         resumed at t draws what an uninterrupted one would.
+      model_state: what the model carries from step to step besides parameters, such as running
+        statistics: any pytree of arrays; None without.
+      loss_scale: a `LossScale` for float16, or None.
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
     key: jax.Array
+    model_state: Any = None
+    loss_scale: LossScale | None = None
 
 
-def init(params, optimizer, key: jax.Array | None = None) -> State:
+def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
+         loss_scale: LossScale | None = None) -> State:
     """The state before the first step.
 
     Args:
@@ -35,6 +42,8 @@ def init(params, optimizer, key: jax.Array | None = None) -> State:
         arrays stay alive.
       optimizer: fbprop's or Optax's.
       key: from `jax.random.key` (or a uint32 key of the old kind); None: ``jax.random.key(0)``.
+      model_state: pytree of arrays that the loss receives and returns, or None; copied as well.
+      loss_scale: `fbprop.train.loss_scale` for float16; None: the loss is not scaled.
 
     Raises:
       TypeError: ``optimizer`` is no optimiser.
@@ -50,7 +59,10 @@ def init(params, optimizer, key: jax.Array | None = None) -> State:
     key = jax.random.key(0) if key is None else key
     params = jax.tree.map(_fresh, params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))
-    return State(params, opt_state, jnp.zeros((), jnp.int32), _fresh(key))
+    return State(
+        params, opt_state, jnp.zeros((), jnp.int32), _fresh(key),
+        jax.tree.map(_fresh, model_state), jax.tree.map(_fresh, loss_scale),
+    )
 
 
 def _fresh(x):

@@ -10,13 +10,14 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
-from fbprop.reverse import value_and_grad
 from fbprop.table import Table
+from fbprop.train.gradients import check_pieces, gradients_of
+from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
 from fbprop.train.state import State
 
 
-def step(loss: Callable, optimizer, *, rules: Table | None = None,
-         fallback: str | None = None) -> Callable:
+def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
+         rules: Table | None = None, fallback: str | None = None) -> Callable:
     """One jitted training step, ``(state, batch) -> (state, metrics)``.
 
     The gradient is `fbprop.value_and_grad`'s. The old state's buffers are donated: its arrays are
@@ -24,18 +25,29 @@ def step(loss: Callable, optimizer, *, rules: Table | None = None,
 
     Args:
       loss: ``(params, batch, key) -> scalar`` or ``(scalar, metrics)``, metrics a dict of arrays;
-        ``key`` is this step's own.
+        ``key`` is this step's own. A mean over tokens is returned as `Weighted` instead of a
+        scalar; so may be metrics. Of a state with ``model_state``, such as running statistics:
+        ``(params, batch, key, model_state) -> (scalar, metrics, model_state)``.
       optimizer: fbprop's or Optax's. Parameters it freezes (`fbprop.optim.freeze`) are not
         differentiated at all.
+      accumulate: in how many pieces, cut along the first axis, the batch is worked through, for
+        that many times less memory. The gradient is that of the whole batch for a loss that is a
+        mean over examples, or `Weighted`; keys differ from piece to piece, metrics are means over
+        them, and the model state passes from one to the next.
+      compute_dtype: `jnp.bfloat16` or `jnp.float16`: parameters and batch are cast to it for the
+        loss; parameters, gradients and updates themselves stay as they are, float32. float16
+        needs a state with a `loss_scale`. None: no cast.
       rules, fallback: as for `fbprop.vjp`.
 
     Returns:
       The function. ``metrics`` is the dict that ``loss`` returned, and ``"loss"``, the loss before
-      the update.
+      the update; with a loss scale also ``"loss_scale"`` and ``"skipped"``, whether the gradients
+      overflowed and the step changed nothing else.
 
     Raises:
       TypeError: ``optimizer`` is no optimiser; ``loss`` returns something else.
-      ValueError: ``loss`` calls one of its metrics "loss".
+      ValueError: ``loss`` calls one of its metrics "loss"; a batch that ``accumulate`` does not
+        divide; float16 without a loss scale; a model state that changes its form.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,18 +64,19 @@ def step(loss: Callable, optimizer, *, rules: Table | None = None,
       >>> int(state.step), bool(metrics["loss"] < 1e-3)
       (100, True)
     """
-    return jax.jit(_one_step(loss, optimizer, rules, fallback), donate_argnums=0)
+    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback)
+    return jax.jit(one, donate_argnums=0)
 
 
-def epoch(loss: Callable, optimizer, *, rules: Table | None = None,
-          fallback: str | None = None) -> Callable:
+def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
+          rules: Table | None = None, fallback: str | None = None) -> Callable:
     """Many training steps in one dispatch, ``(state, data, indices) -> (state, metrics)``.
 
     A `jax.lax.scan` over ``indices``: each step gathers its batch from data that stay on the
     device, so nothing returns to Python in between. As `step` otherwise.
 
     Args:
-      loss, optimizer, rules, fallback: see `step`.
+      loss, optimizer, accumulate, compute_dtype, rules, fallback: see `step`.
 
     Returns:
       A jitted function of ``state`` (donated), ``data``, a pytree of arrays with examples along
@@ -86,7 +99,7 @@ def epoch(loss: Callable, optimizer, *, rules: Table | None = None,
       >>> metrics["loss"].shape
       (4,)
     """
-    one = _one_step(loss, optimizer, rules, fallback)
+    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback)
 
     def run(state, data, indices):
         _check_data(data, indices)
@@ -95,23 +108,30 @@ def epoch(loss: Callable, optimizer, *, rules: Table | None = None,
     return jax.jit(run, donate_argnums=0)
 
 
-def _one_step(loss, optimizer, rules, fallback):
+def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
     check_optimizer(optimizer)
+    check_pieces(accumulate)
+    check_compute_dtype(compute_dtype)
     update_of = with_extra(optimizer)
+    gradients = gradients_of(loss, accumulate, compute_dtype, rules=rules, fallback=fallback)
 
     def one(state: State, batch):
+        check_scaled(compute_dtype, state.loss_scale)
         key = jax.random.fold_in(state.key, state.step)
         held = _trainable(optimizer, state.params)
-
-        def of_trainable(params):
-            return _with_metrics(loss(_fill(params, state.params), batch, key))
-
-        (value, metrics), grads = value_and_grad(
-            of_trainable, has_aux=True, rules=rules, fallback=fallback
-        )(held)
-        updates, opt_state = update_of(grads, state.opt_state, held, value=value)
-        params = apply_updates(state.params, updates)
-        return State(params, opt_state, state.step + 1, state.key), {"loss": value, **metrics}
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        got = gradients(held, state.params, batch, key, state.model_state, scale)
+        updates, opt_state = update_of(got.grads, state.opt_state, held, value=got.value)
+        new = State(
+            apply_updates(state.params, updates), opt_state, state.step + 1, state.key,
+            got.model_state, state.loss_scale,
+        )
+        metrics = {"loss": got.value, **got.metrics}
+        if scale is not None:
+            finite = all_finite(got.grads)
+            new = keep_if_finite(finite, new, state)
+            metrics |= {"loss_scale": scale, "skipped": ~finite}
+        return new, metrics
 
     return one
 
@@ -121,32 +141,6 @@ def _trainable(optimizer, params):
     if not is_freezing(optimizer):
         return params
     return hold(optimizer.trainable(params), params)
-
-
-def _fill(params, full):
-    """The holes of ``params`` filled from ``full``."""
-    return tree_map(lambda p, f: f if p is None else p, params, full, is_leaf=lambda p: p is None)
-
-
-def _with_metrics(out):
-    value, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
-    if not isinstance(metrics, dict) or isinstance(value, (tuple, list, dict)):
-        raise TypeError(
-            f"A loss returns a scalar or (scalar, dict of metrics), got {_kinds(out)} expected "
-            "one of these: put what you want reported into the dict."
-        )
-    if "loss" in metrics:
-        raise ValueError(
-            'metrics["loss"] is the loss itself, got a metric of that name from the loss function; '
-            "expected another name: rename it."
-        )
-    return value, metrics
-
-
-def _kinds(out):
-    if isinstance(out, tuple):
-        return f"({', '.join(type(x).__name__ for x in out)})"
-    return type(out).__name__
 
 
 def _check_data(data, indices):

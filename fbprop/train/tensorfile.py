@@ -1,8 +1,8 @@
-"""Named arrays in one file: the safetensors format, with a checksum, written whole or not at all.
+"""Named arrays in one file: the safetensors format with a checksum, written whole or not at all.
 
-Layout (github.com/huggingface/safetensors, "Format"): 8 bytes, the header's length; the header, JSON
-from names to dtype, shape and place; the arrays' bytes, one after the other. Nothing in it can run
-code, as a pickle can. Of our own are only two strings among the header's metadata: ``sha256``, over
+Layout (github.com/huggingface/safetensors, "Format"): 8 bytes, the header's length; the header,
+JSON from names to dtype, shape and place; the arrays' bytes, one after the other. Nothing in it can
+run code, as a pickle can. Of our own are two strings among the header's metadata: ``sha256``, over
 the whole file with that one string replaced by zeros, and what `fbprop.train.save` adds.
 """
 
@@ -100,7 +100,7 @@ def named_leaves(tree) -> dict[str, Any]:
 
 
 def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """The file, beside its place at first and then renamed into it: it is never seen half-written."""
+    """The file, first beside its place and then renamed into it: never seen half-written."""
     path = pathlib.Path(path)
     # The widest first, so that every array starts at a multiple of its item's size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -122,9 +122,10 @@ def read(path) -> Contents:
     header, start = _read_header(path, content[:8].tobytes(), content.size, content[8:].data)
     metadata = header.pop("__metadata__", {})
     _check_table(path, header, content.size - start)
-    if "sha256" in metadata:
-        text, stamp = content[8:start].tobytes(), _stamp(metadata["sha256"])
-        if metadata["sha256"] != _digest(text.replace(stamp, _stamp(_ZEROS), 1), content[start:]):
+    if metadata.keys() & {"sha256", "fbprop"}:
+        text, found = content[8:start].tobytes(), str(metadata.get("sha256"))
+        text = text.replace(_stamp(found), _stamp(_ZEROS), 1)
+        if found != _digest(text, content[start:]):
             raise CheckpointError(
                 f"A checkpoint is read as it was written, got {path} with another checksum than "
                 "expected: it is corrupted, use another copy or an earlier checkpoint."
@@ -201,7 +202,7 @@ def _check_table(path, table, size):
         try:
             start, end = entry["data_offsets"]
             itemsize = jnp.dtype(_DTYPES[entry["dtype"]]).itemsize
-            fits = 0 <= start and end - start == math.prod(entry["shape"]) * itemsize
+            fits = start >= 0 and end - start == math.prod(entry["shape"]) * itemsize
             ends.append(end)
         except (KeyError, TypeError, ValueError):
             fits = False

@@ -34,8 +34,8 @@ CASES = [
          (real(2, 3, 5), real(5, 2, 7)), "heads"),
     Case("dot_general", jnp.matmul, (complex_(2, 3), complex_(3, 5)), "complex",
          dtypes=("float32",)),
-    Case("dot_general", dot(((1,), (0,)), precision=lax.Precision.HIGHEST), (real(2, 3), real(3, 5)),
-         "precision"),
+    Case("dot_general", dot(((1,), (0,)), precision=lax.Precision.HIGHEST),
+         (real(2, 3), real(3, 5)), "precision"),
     Case("dot_general", dot(((1,), (0,)), preferred_element_type=jnp.float64),
          (real(2, 3), real(3, 5)), "preferred"),
     # JAX has neither its second derivative nor a vmap over some of its operands.

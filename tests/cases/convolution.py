@@ -1,7 +1,6 @@
 """Rows of rules/convolution.py."""
 
 from jax import lax
-from jax import numpy as jnp
 
 from cases.case import Case, complex_, real
 
@@ -27,7 +26,10 @@ CASES = [
     conv("uncovered edge", (2, 7, 5, 2), (2, 2, 2, 3), strides=(3, 2), padding="VALID"),
     conv("padding", (2, 3, 5, 2), (3, 2, 2, 3), padding=((3, 1), (0, 2))),
     conv("negative padding", (2, 7, 5, 2), (3, 2, 2, 3), padding=((-1, -2), (1, -1))),
-    conv("dilated operand", (2, 3, 5, 2), (3, 2, 2, 3), lhs_dilation=(2, 3), padding=((1, 2), (0, 1))),
+    conv(
+        "dilated operand", (2, 3, 5, 2), (3, 2, 2, 3), lhs_dilation=(2, 3),
+        padding=((1, 2), (0, 1)),
+    ),
     conv("dilated kernel", (2, 7, 7, 2), (3, 2, 2, 3), rhs_dilation=(2, 3)),
     conv(
         "all at once", (2, 5, 7, 2), (3, 2, 2, 3), strides=(2, 3), padding=((2, -1), (1, 3)),
@@ -47,5 +49,4 @@ CASES = [
     conv("depthwise twice", (3, 5, 7, 3), (3, 2, 1, 6), feature_group_count=3, strides=(2, 1)),
     conv("batch groups", (6, 5, 3, 2), (3, 2, 2, 9), batch_group_count=3, strides=(2, 1)),
     conv("complex", (2, 5, 3, 2), (3, 2, 2, 3), make=complex_, dtypes=("float32",)),
-    conv("nothing", (2, 2, 3, 3), (3, 3, 3, 2), padding="VALID"),
 ]

@@ -73,7 +73,8 @@ VOLUME, PATCHES = (5, 1, 7), (3, 2, 3)
 def rows(name, method, scatter, draw=real, winners=False):
     """The rows that every kind of scatter has.
 
-    ``draw`` gives the updates; ``winners``: it keeps, besides the int32 indices, a boolean per element of the updates.
+    ``draw`` gives the updates; ``winners``: kept are, besides the int32 indices, a boolean per
+    element of the updates.
     """
     x, u = real(5, 2), draw(4, 2)
 

@@ -45,7 +45,7 @@ def spread(operand):
     return spec
 
 
-def tall_columns(operand):
+def uneven(operand):
     """With columns of lengths well apart, so that the order of pivoting is certain."""
     return lambda rng: operand(rng) * 4.0 ** np.arange(operand(rng).shape[-1])
 
@@ -148,8 +148,8 @@ FACTORS = [
     row("qr", linalg.qr, real(5, 3), "full"),
     row("qr", linalg.qr, complex_(5, 3), "complex full"),
     row("qr", linalg.qr, real(3, 5), "full wide"),
-    row("qr", pivoted, tall_columns(real(5, 3)), "pivoting"),
-    row("qr", pivoted, tall_columns(complex_(3, 5)), "complex pivoting"),
+    row("qr", pivoted, uneven(real(5, 3)), "pivoting"),
+    row("qr", pivoted, uneven(complex_(5, 3)), "complex pivoting"),
 ]
 
 

@@ -1,0 +1,187 @@
+"""What each dispatch of a run works on, from arrays in memory or from an iterable of batches."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fbprop.data.batching import batches
+from fbprop.data.prefetch import prefetch
+
+# Steps in a dispatch over arrays in memory: a call costs about 0.1 ms, so that more than these
+# gain nothing, and progress shows and Ctrl-C works between dispatches.
+_MOST_STEPS = 100
+# No step's number (int32), so that shuffling shares no random numbers with any step.
+_SHUFFLING = 2**32 - 1
+
+
+class Position(NamedTuple):
+    """Where in the data a run is: passes completed, and batches seen of the current one."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class Dispatch(NamedTuple):
+    """One call of a jitted function.
+
+    Attributes:
+      steps: how many steps it makes.
+      data: one batch, or what `fbprop.train.epoch` takes batches from.
+      indices: for `fbprop.train.epoch`; None for one batch.
+      after: the position after it.
+    """
+
+    steps: int
+    data: Any
+    indices: Any
+    after: Position
+
+
+class Rhythm(NamedTuple):
+    """Where dispatches end: after ``most`` steps, and wherever a round of ``every`` steps does."""
+
+    most: int
+    every: int | None
+
+    def next_steps(self, batch: int, left: int | None) -> int:
+        """How many steps the dispatch from batch number ``batch`` on makes, ``left`` at most."""
+        ends = [self.most]
+        if self.every is not None:
+            ends.append(self.every - batch % self.every)
+        if left is not None:
+            ends.append(left)
+        return min(ends)
+
+    def ends_round(self, after: Position) -> bool:
+        return after.batch == 0 or (self.every is not None and after.batch % self.every == 0)
+
+
+class ArrayFeed:
+    """Batches of a pytree of arrays, shuffled anew in every pass; the data lie on the device."""
+
+    def __init__(self, data, batch_size: int, key, most: int | None, every: int | None):
+        self.examples = count_examples("data", data)
+        self.data = jax.device_put(data)
+        self.size = batch_size
+        self.key = jax.random.fold_in(key, _SHUFFLING)
+        self.steps = jax.eval_shape(lambda: batches(self.examples, batch_size)).shape[0]
+        whole = min(self.steps, every or self.steps)
+        dispatches = max(1, -(-whole // _MOST_STEPS))
+        self.rhythm = Rhythm(most or max(1, -(-whole // dispatches)), every)
+
+    def dispatches(self, position: Position, left: int | None) -> Iterator[Dispatch]:
+        """From ``position`` to the end of its pass, ``left`` steps at most."""
+        order = jax.random.fold_in(self.key, position.epoch)
+        indices = np.asarray(batches(self.examples, self.size, key=order))
+        start = position.batch
+        while start < self.steps and left != 0:
+            n = min(self.rhythm.next_steps(start, left), self.steps - start)
+            yield Dispatch(
+                n, self.data, indices[start:start + n], _after(position, start + n, self.steps)
+            )
+            start, left = start + n, left and left - n
+
+
+class BatchFeed:
+    """Batches from an iterable, or from a function of the pass's number that returns one."""
+
+    def __init__(self, data: Iterable | Callable, most: int | None, every: int | None):
+        check_batches("data", data)
+        self.data = data
+        self.steps = None
+        self.rhythm = Rhythm(most or 1, every)
+
+    def dispatches(self, position: Position, left: int | None) -> Iterator[Dispatch]:
+        """From ``position`` to the end of its pass, ``left`` steps at most."""
+        source = self.data(position.epoch) if callable(self.data) else self.data
+        seen = position.batch
+        with contextlib.closing(prefetch(itertools.islice(source, seen, None))) as loaded:
+            groups = self._groups(loaded, seen, left)
+            # One group ahead: to know which is the last, and to have the next one on its way to
+            # the device while this one is worked on.
+            held = next(groups, None)
+            if held is None:
+                raise ValueError(
+                    f"Every pass over the data has batches, got none in pass {position.epoch + 1} "
+                    f"after {seen} of them; expected an iterable that starts anew each time: a "
+                    "list, an object with __iter__, or a function of the pass's number."
+                )
+            while held is not None:
+                following = next(groups, None)
+                seen += held[0]
+                more = following is not None or self._cut(loaded)
+                after = _after(position, seen, None if more else seen)
+                yield Dispatch(*held, after)
+                held = following
+
+    def _groups(self, loaded, seen, left):
+        """(steps, data, indices) of every dispatch: batches of one form, put together."""
+        kept = []
+        for batch in loaded:
+            if kept and _form(batch) != _form(kept[0]):
+                yield from map(_single, kept)
+                seen, left, kept = seen + len(kept), left and left - len(kept), []
+            kept.append(batch)
+            if len(kept) == self.rhythm.next_steps(seen, left):
+                yield from [_stacked(kept)] if len(kept) == self.rhythm.most > 1 else map(
+                    _single, kept
+                )
+                seen, left, kept = seen + len(kept), left and left - len(kept), []
+                if left == 0:
+                    return
+        yield from map(_single, kept)
+
+    def _cut(self, loaded) -> bool:
+        """Whether a pass that was cut short by the number of steps had further batches."""
+        return next(loaded, None) is not None
+
+
+def check_batches(name, data):
+    """Refuses arrays where batches of them belong: a dict would be gone through key by key."""
+    if isinstance(data, Mapping) or hasattr(data, "shape"):
+        raise ValueError(
+            f"Without batch_size, {name} is an iterable of batches, got {type(data).__name__} "
+            "expected a list, a generator or a function of the pass's number: pass batch_size "
+            "to have batches made of arrays."
+        )
+
+
+def count_examples(name, data) -> int:
+    """How many examples arrays hold; an error if they do not agree."""
+    sizes = {np.shape(x)[0] if np.ndim(x) else None for x in jax.tree.leaves(data)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"All arrays of {name} have the examples along their first axis, got lengths "
+            f"{sorted(map(str, sizes))} expected one length: without batch_size, {name} is an "
+            "iterable of batches instead."
+        )
+    return sizes.pop()
+
+
+def _after(position, seen, end):
+    return Position(position.epoch + 1, 0) if seen == end else Position(position.epoch, seen)
+
+
+def _single(batch):
+    return 1, jax.device_put(batch), None
+
+
+def _stacked(group):
+    """Several batches as one array each, for one dispatch."""
+    def one(*xs):
+        on_host = all(isinstance(x, np.ndarray) for x in xs)
+        return (np if on_host else jnp).stack(xs)
+
+    return len(group), jax.device_put(jax.tree.map(one, *group)), np.arange(len(group))
+
+
+def _form(batch):
+    leaves, tree = jax.tree.flatten(batch)
+    return tree, [(np.shape(x), getattr(x, "dtype", type(x))) for x in leaves]

@@ -1,0 +1,210 @@
+"""A whole training run: batches, evaluation, early stopping, checkpoints, progress, a log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from fbprop.optim.chain import check_optimizer
+from fbprop.train.evaluate import evaluate, evaluate_batches
+from fbprop.train.feed import ArrayFeed, BatchFeed, Position, check_batches, count_examples
+from fbprop.train.log import Log
+from fbprop.train.progress import Progress
+from fbprop.train.run import Run, Store
+from fbprop.train.state import State, init
+from fbprop.train.step import epoch, step
+from fbprop.train.stopping import BestSoFar, LossWatch
+
+
+class Fit(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+      state: after the last step.
+      best: after the round that was best on held-out data; without such data, ``state``.
+      history: a row per round, as `fbprop.train.read_log` describes them.
+      stopped: why: "epochs", "steps" or "patience".
+    """
+
+    state: State
+    best: State
+    history: list[dict[str, Any]]
+    stopped: str
+
+
+def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
+        steps: int | None = None, batch_size: int | None = None, every: int | None = None,
+        steps_per_dispatch: int | None = None, metric: Callable | None = None, held_out=None,
+        monitor: str = "loss", mode: str = "min", patience: int | None = None,
+        checkpoints: str | os.PathLike | None = None, keep_last: int = 3, resume: bool = True,
+        log: str | os.PathLike | None = None, progress: bool | None = None, **options) -> Fit:
+    """Trains until ``epochs`` or ``steps`` are done, or held-out results stop improving.
+
+    A run is a sequence of rounds. At the end of each: the held-out metrics, a row in the history
+    and in the log, a checkpoint, and the decision whether to go on. A run that was stopped, however
+    abruptly, goes on from its last checkpoint when the same call is made again, and ends with the
+    same bits as if nothing had happened.
+
+    Args:
+      loss, optimizer, **options: as for `fbprop.train.step`: ``accumulate``, ``compute_dtype``,
+        ``rules``, ``fallback``.
+      params: the first parameters; or a `State` from `init`, for a key of one's own, a model state
+        or a loss scale. A `State` is donated.
+      data: with ``batch_size``, a pytree of arrays with examples along their first axis: they are
+        put on the device and shuffled anew in every pass, the n % batch_size last ones of each
+        shuffle left out. Without, an iterable of batches (pytrees of arrays), gone through once a
+        pass, or a function of the pass's number, from 0, that returns one: so can each pass have
+        another order that resuming repeats. A thread loads batches ahead.
+      epochs, steps: how many passes, and how many steps in all, those before resuming included;
+        whichever ends first.
+      every: steps to a round; None: one round a pass. A pass's end ends a round too.
+      steps_per_dispatch: that many steps are one `jax.lax.scan`. None: for arrays, a round, up to
+        100; for an iterable, 1.
+      metric: ``(params, batch) -> metrics`` (``(params, batch, model_state)`` for a state with
+        one), a dict as for `evaluate`, or the held-out loss alone.
+      held_out: data that are not trained on, in the form of ``data``.
+      monitor, mode: the held-out metric to judge by, and whether less ("min") or more ("max") of
+        it is better.
+      patience: stop after that many rounds without a better one; None: never.
+      checkpoints: directory for them, ``step-*.safetensors``; one run a directory.
+      keep_last: how many to keep, besides the best.
+      resume: False: raise an error if the directory has checkpoints already.
+      log: file for a JSON row per round; rows of steps not yet done are dropped from it first.
+      progress: whether to show progress on standard error; None: if that is a terminal.
+
+    Returns:
+      A `Fit`.
+
+    Raises:
+      NonFiniteLoss: the loss or the parameters are not finite; it names the step, and the last
+        checkpoint is from before.
+      CheckpointError: the newest checkpoint is damaged or of another model.
+      ValueError: arguments that do not go together.
+
+    Warns:
+      RuntimeWarning: the training loss has risen by half of what it had fallen.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fbprop import optim, train
+      >>> x = jnp.linspace(-1, 1, 64)
+      >>> def loss(params, batch, key):
+      ...     return jnp.mean((batch["x"] * params["slope"] - batch["y"]) ** 2)
+      >>> done = train.fit(
+      ...     loss, optim.adam(0.1), {"slope": jnp.zeros(())}, {"x": x[::2], "y": 3 * x[::2]},
+      ...     epochs=50, batch_size=8, patience=10,
+      ...     metric=lambda params, batch: loss(params, batch, None),
+      ...     held_out={"x": x[1::2], "y": 3 * x[1::2]},
+      ... )
+      >>> round(float(done.best.params["slope"]), 1)
+      3.0
+    """
+    _check(epochs, steps, metric, held_out, patience, every, steps_per_dispatch)
+    check_optimizer(optimizer)
+    state = params if isinstance(params, State) else init(params, optimizer)
+    store = None if checkpoints is None else Store(pathlib.Path(checkpoints), keep_last)
+    state, past = (state, {}) if store is None else store.resume(state, resume)
+    if batch_size is None:
+        feed = BatchFeed(data, steps_per_dispatch, every)
+    else:
+        feed = ArrayFeed(data, batch_size, state.key, steps_per_dispatch, every)
+    run = Run(
+        state, Position(*past.get("position", ())), store,
+        LossWatch(**past.get("loss", {})), BestSoFar(monitor, mode, **past.get("best", {})),
+        _held_out_metrics(metric, held_out, batch_size), Log(log, int(state.step)),
+    )
+    total = _total_steps(run, feed, epochs, steps)
+    bar = Progress(total, run.step, progress)
+    try:
+        one = step(loss, optimizer, **options)
+        many = epoch(loss, optimizer, **options)
+        stopped = _reason(run, epochs, steps, patience)
+        while stopped is None:
+            stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
+    finally:
+        bar.close()
+    return Fit(run.state, run.best_state(), run.log.rows, stopped)
+
+
+def _one_pass(run, feed, one, many, bar, limits):
+    """Trains to the end of a pass over the data; returns why the run is over, or None."""
+    left = None if limits[1] is None else limits[1] - run.step
+    with contextlib.closing(feed.dispatches(run.position, left)) as dispatches:
+        for d in dispatches:
+            if d.indices is None:
+                run.state, metrics = one(run.state, d.data)
+            else:
+                run.state, metrics = many(run.state, d.data, d.indices)
+            run.count(d, metrics)
+            bar.update(d.steps, run.text())
+            if feed.rhythm.ends_round(d.after) or run.step == limits[1]:
+                run.end_round()
+                if (stopped := _reason(run, *limits)) is not None:
+                    return stopped
+    return None
+
+
+def _reason(run, epochs, steps, patience):
+    if patience is not None and run.best.rounds_since >= patience:
+        return "patience"
+    if steps is not None and run.step >= steps:
+        return "steps"
+    return "epochs" if epochs is not None and run.position.epoch >= epochs else None
+
+
+def _held_out_metrics(metric, held_out, batch_size):
+    """``state -> {name: float}``, or None without held-out data."""
+    if held_out is None:
+        return None
+
+    def named(*arguments):
+        out = metric(*arguments)
+        return out if isinstance(out, dict) else {"loss": out}
+
+    if batch_size is None:
+        check_batches("held_out", held_out)
+        run, data = evaluate_batches(named), held_out
+    else:
+        count_examples("held_out", held_out)
+        run, data = evaluate(named, batch_size), jax.device_put(held_out)
+
+    def of(state):
+        more = () if state.model_state is None else (state.model_state,)
+        got = run(state.params, data() if callable(data) else data, *more)
+        return {k: float(v) for k, v in jax.device_get(got).items()}
+
+    return of
+
+
+def _total_steps(run, feed, epochs, steps):
+    """How many steps the run has when nothing ends it early; None if unknown."""
+    by_epochs = None
+    if epochs is not None and feed.steps is not None:
+        done = run.position.epoch * feed.steps + run.position.batch
+        by_epochs = run.step - done + epochs * feed.steps
+    known = [n for n in (by_epochs, steps) if n is not None]
+    return min(known, default=None) if epochs is None or feed.steps is not None else None
+
+
+def _check(epochs, steps, metric, held_out, patience, every, steps_per_dispatch):
+    if epochs is None and steps is None:
+        raise ValueError("A run ends, got neither epochs nor steps; expected one of them or both.")
+    for name, value in {"epochs": epochs, "steps": steps, "every": every, "patience": patience,
+                        "steps_per_dispatch": steps_per_dispatch}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} counts, got {name}={value} expected >= 1, or None.")
+    if (metric is None) != (held_out is None):
+        raise ValueError(
+            "Held-out data are judged by a metric, got one of metric and held_out; expected both: "
+            "metric=lambda params, batch: ... without dropout or augmentation, or neither."
+        )
+    if patience is not None and held_out is None:
+        raise ValueError(
+            f"Early stopping needs data that are not trained on, got patience={patience} without "
+            "held_out; expected both."
+        )

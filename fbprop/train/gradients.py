@@ -1,0 +1,123 @@
+"""The gradient of one batch, whole or in pieces, in the precision asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import tree_map
+
+from fbprop.optim.objective import Weighted, call_loss, mean_of, means_of, number
+from fbprop.optim.transform import scaled, wide, zeros
+from fbprop.reverse import value_and_grad
+from fbprop.train.precision import cast
+
+
+class Gradients(NamedTuple):
+    """What a step learns from its batch.
+
+    Attributes:
+      grads: like the trainable parameters.
+      value: the loss, scalar.
+      metrics: dict of arrays.
+      model_state: the new one, or None.
+    """
+
+    grads: Any
+    value: jax.Array
+    metrics: dict[str, Any]
+    model_state: Any
+
+
+def gradients_of(loss: Callable, pieces: int, dtype, **engine) -> Callable:
+    """``(held, params, batch, key, model_state, scale) -> Gradients``.
+
+    ``held`` are the parameters with None in place of those not differentiated; ``scale`` is the
+    loss scale or None.
+
+    The gradient is that of the loss's sum, divided by its weight at the end: the same for one
+    piece or many. A loss that is no `Weighted` has weight 1, so pieces of one size count the same.
+    """
+    def of_piece(held, params, batch, key, model_state, scale):
+        def scaled_sum(held):
+            whole = cast(_fill(held, params), dtype)
+            out = call_loss(loss, whole, cast(batch, dtype), key, model_state)
+            total = out.value.sum if isinstance(out.value, Weighted) else out.value
+            return total if scale is None else scaled(total, scale), out
+
+        (_, out), grads = value_and_grad(scaled_sum, has_aux=True, **engine)(held)
+        return grads, out
+
+    def whole(held, params, batch, key, model_state, scale):
+        grads, out = of_piece(held, params, batch, key, model_state, scale)
+        weight = out.value if isinstance(out.value, Weighted) else None
+        return Gradients(
+            _divided(grads, held, weight, scale), mean_of(out.value), means_of(out.metrics),
+            out.model_state,
+        )
+
+    def in_pieces(held, params, batch, key, model_state, scale):
+        def one(carry, at):
+            total, model_state = carry
+            grads, out = of_piece(
+                held, params, at[0], jax.random.fold_in(key, at[1]), model_state, scale
+            )
+            total = tree_map(lambda t, g: t + wide(g), total, grads)
+            return (total, out.model_state), (out.value, out.metrics)
+
+        start = tree_map(zeros, held), model_state
+        each = _split(batch, pieces), jnp.arange(pieces)
+        (grads, model_state), (values, metrics) = lax.scan(one, start, each)
+        value, metrics = _over_pieces((values, metrics))
+        weight = _total(values) if isinstance(values, Weighted) else Weighted(0.0, pieces)
+        return Gradients(_divided(grads, held, weight, scale), value, metrics, model_state)
+
+    return whole if pieces == 1 else in_pieces
+
+
+def check_pieces(pieces):
+    if pieces < 1:
+        raise ValueError(f"A batch has pieces, got accumulate={pieces} expected >= 1.")
+
+
+def _divided(grads, held, weight: Weighted | None, scale):
+    """Gradients of the scaled sum as those of the mean, in the parameters' dtypes."""
+    if weight is None and scale is None:
+        return grads
+    dtype = jnp.result_type(float)
+    factor = jnp.ones((), dtype) if weight is None else weight.inverse(dtype)
+    factor = factor if scale is None else factor / scale.astype(dtype)
+    return tree_map(lambda g, p: scaled(g, factor).astype(p.dtype), grads, held)
+
+
+def _over_pieces(stacked):
+    """The mean over pieces of every array, and of a `Weighted` that of all it counts."""
+    def one(m):
+        if isinstance(m, Weighted):
+            return _total(m).mean
+        return jnp.mean(number(m), axis=0)
+
+    return tree_map(one, stacked, is_leaf=lambda m: isinstance(m, Weighted))
+
+
+def _total(stacked: Weighted) -> Weighted:
+    return Weighted(jnp.sum(number(stacked.sum)), jnp.sum(number(stacked.weight)))
+
+
+def _split(batch, pieces):
+    """Every array [n, ...] as [pieces, n / pieces, ...]."""
+    sizes = sorted({x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)})
+    if len(sizes) != 1 or sizes[0] % pieces or sizes == [0]:
+        raise ValueError(
+            f"Accumulation cuts a batch into equal pieces, got first axes of {sizes} expected one "
+            f"length, a multiple of accumulate={pieces}."
+        )
+    return tree_map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+
+
+def _fill(params, full):
+    """The holes of ``params`` filled from ``full``."""
+    return tree_map(lambda p, f: f if p is None else p, params, full, is_leaf=lambda p: p is None)

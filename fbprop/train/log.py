@@ -1,0 +1,76 @@
+"""The record of a run: one JSON object a line, one line a round."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a log that `fbprop.train.fit` wrote, the first round first.
+
+    Each is ``{"step", "epoch", "seconds", "train": {name: mean over the round}}``, with held-out
+    data also ``"held_out": {name: value}``; a number that was not finite is None. A last line that
+    was cut off is left out.
+
+    Raises:
+      ValueError: a line before the last is not JSON.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from fbprop import train
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     log = pathlib.Path(folder, "log.jsonl")
+      ...     _ = log.write_text('{"step": 10, "train": {"loss": 0.5}}\\n{"step": 2')
+      ...     train.read_log(log)
+      [{'step': 10, 'train': {'loss': 0.5}}]
+    """
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(
+                    f"A log has one JSON object a line, got {line[:40]!r} in line {number} of "
+                    f"{path}; expected one as fbprop.train.fit writes them."
+                ) from None
+    return rows
+
+
+class Log:
+    """Appends rows to a file; without a path, only remembers them."""
+
+    def __init__(self, path: str | os.PathLike | None, step: int):
+        """Continues at ``step``: rows of later ones, from a run that went on, are dropped."""
+        self.path = None if path is None else pathlib.Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if self.path is None:
+            return
+        if self.path.exists():
+            self.rows = [row for row in read_log(self.path) if row["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line(row))
+
+
+def _line(row) -> str:
+    return json.dumps(_finite(row)) + "\n"
+
+
+def _finite(x):
+    """JSON has no NaN or infinity: None instead."""
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
