@@ -75,15 +75,15 @@ def fit(ct, aval, site, rule, operand):
         ct, dtype = lax.convert_element_type(ct, aval.dtype), aval.dtype
     if shape != aval.shape or dtype != aval.dtype:
         raise CotangentError(
-            f"A cotangent has its operand's shape and dtype, got {dtype.name}{list(shape)} expected "
-            f"{aval.dtype.name}{list(aval.shape)} for operand {operand} of {site.name!r}"
+            f"A cotangent has its operand's shape and dtype, got {dtype.name}{list(shape)} "
+            f"expected {aval.dtype.name}{list(aval.shape)} for operand {operand} of {site.name!r}"
             f"{site.location()}: mend its rule ({rule.where})."
         )
     return ct
 
 
 def unbroadcast(ct, shape):
-    """Sum ``ct`` over the dimensions along which ``shape`` was broadcast; unchanged if it was not."""
+    """``ct`` summed over the dimensions along which ``shape`` was broadcast, if it was."""
     if shape == ():
         return jnp.sum(ct)
     got = jnp.shape(ct)

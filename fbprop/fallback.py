@@ -19,7 +19,7 @@ class Fallback(Rule):
 
 
 def jax_step(site) -> Step:
-    """Forward and backward of one equation by `jax.vjp`, on its active operands and wanted results."""
+    """One equation by `jax.vjp`, on its active operands and wanted results."""
     moving = [i for i, r in enumerate(site.reached) if r]
 
     def forward(*operands):

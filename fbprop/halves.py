@@ -17,7 +17,7 @@ from fbprop import jaxcompat as jc
 
 
 class Source(NamedTuple):
-    """Where a kept leaf comes from: operand ``("in", i)``, result ``("out", i)`` or ``("new", i)``."""
+    """Source of a kept leaf: operand ``("in", i)``, result ``("out", i)`` or ``("new", i)``."""
 
     kind: str
     index: int

@@ -99,8 +99,8 @@ def _same_call(eqn, reference):
 def jvp_jaxpr(eqn):
     """A ``custom_jvp_call``'s own derivative: jaxpr of ``(operands, tangents) -> (ys, tangents)``.
 
-    Tangents are those of the operands and results that have one; the user's rule runs through public
-    `jax.jvp`, which calls it and does nothing else to a single such equation.
+    Tangents are those of the operands and results that have one; the user's rule runs through
+    public `jax.jvp`, which calls it and does nothing else to a single such equation.
     """
     avals = _types(eqn)
     moving = [i for i, a in enumerate(avals) if differentiable(a)]

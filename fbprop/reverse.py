@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
-from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from fbprop import cotangent as ct
 from fbprop import rules as _rules
@@ -19,8 +18,13 @@ from fbprop.jaxcompat import differentiable, out_avals
 from fbprop.table import Table
 
 
-def vjp(fun: Callable, *primals, has_aux: bool = False, rules: Table | None = None,
-        fallback: str | None = None):
+def vjp(
+    fun: Callable,
+    *primals,
+    has_aux: bool = False,
+    rules: Table | None = None,
+    fallback: str | None = None,
+):
     """Value of a function and its pullback, as `jax.vjp`, by fbprop's table of rules.
 
     The function is traced: Python control flow on the values of ``primals`` needs `jax.lax.cond`
@@ -51,7 +55,9 @@ def vjp(fun: Callable, *primals, has_aux: bool = False, rules: Table | None = No
     """
     if not callable(fun):
         raise TypeError(f"vjp differentiates a function, got {fun!r} expected a callable.")
-    engine = Engine(_rules.current() if rules is None else _checked(rules), _checked_fallback(fallback))
+    engine = Engine(
+        _rules.current() if rules is None else _checked(rules), _checked_fallback(fallback)
+    )
     leaves, in_tree = tree_flatten(primals)
     leaves = [_as_value(x) for x in leaves]
     jaxpr, out_tree, aux, n_out = _trace(fun, in_tree, leaves, has_aux)
@@ -124,8 +130,10 @@ def _checked(rules):
 
 def _checked_fallback(fallback):
     if fallback not in (None, "jax"):
-        raise ValueError(f"fallback says who differentiates primitives without a rule, got "
-                         f"{fallback!r} expected None or 'jax'.")
+        raise ValueError(
+            f"fallback says who differentiates primitives without a rule, got "
+            f"{fallback!r} expected None or 'jax'."
+        )
     return fallback
 
 
@@ -193,9 +201,16 @@ def _boundary(d, aval):
     return np.zeros(aval.shape, float0)
 
 
-def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False,
-                   holomorphic: bool = False, allow_int: bool = False, *,
-                   rules: Table | None = None, fallback: str | None = None) -> Callable:
+def value_and_grad(
+    fun: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    rules: Table | None = None,
+    fallback: str | None = None,
+) -> Callable:
     """A function that returns ``fun``'s value and gradient, as `jax.value_and_grad`.
 
     Args:
@@ -221,7 +236,9 @@ def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: boo
       (5.0, [2.0, 4.0])
     """
     if not callable(fun):
-        raise TypeError(f"value_and_grad differentiates a function, got {fun!r} expected a callable.")
+        raise TypeError(
+            f"value_and_grad differentiates a function, got {fun!r} expected a callable."
+        )
     several = not isinstance(argnums, (int, np.integer))
     numbers = tuple(argnums) if several else (int(argnums),)
 
@@ -247,9 +264,16 @@ def value_and_grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: boo
     return value_and_gradient
 
 
-def grad(fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False,
-         holomorphic: bool = False, allow_int: bool = False, *, rules: Table | None = None,
-         fallback: str | None = None) -> Callable:
+def grad(
+    fun: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    rules: Table | None = None,
+    fallback: str | None = None,
+) -> Callable:
     """A function that returns ``fun``'s gradient, as `jax.grad`; see `value_and_grad`.
 
     Returns:
@@ -287,7 +311,8 @@ def _check_input(dtype, holomorphic, allow_int):
     if holomorphic:
         if not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"grad with holomorphic=True requires inputs with complex dtype, but got {dtype.name}."
+                "grad with holomorphic=True requires inputs with complex dtype, but got "
+                f"{dtype.name}."
             )
     elif not jnp.issubdtype(dtype, jnp.inexact) and not allow_int:
         raise TypeError(

@@ -3,12 +3,13 @@
 import re
 from typing import NamedTuple
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+
+import fbprop
 
 X = jnp.array([[0.5, -1.0]])
 
@@ -26,7 +27,10 @@ def network(params, x):
 @pytest.fixture
 def params():
     return {
-        "w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3), "none": None, "empty": ()
+        "w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3),
+        "b": jnp.ones(3),
+        "none": None,
+        "empty": (),
     }
 
 
@@ -84,7 +88,7 @@ def test_integer_inputs_have_float0_cotangents():
     assert d_i.shape == (2,)
     same(d_x, X[0] * i.astype(X.dtype))
     assert fbprop.grad(lambda i: jnp.sum(i * 2.0), allow_int=True)(3).dtype == jax.dtypes.float0
-    out, pullback = fbprop.vjp(lambda x: (x, i), X)
+    _, pullback = fbprop.vjp(lambda x: (x, i), X)
     zero = np.zeros((2,), jax.dtypes.float0)
     same(pullback((X, zero)), (X,))
 
@@ -115,7 +119,11 @@ def test_gradients_of_gradients(params):
         return lambda p: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(network)(p, X)))
 
     expected = jax.grad(norm(jax.grad))(params)
-    for outer, inner in [(fbprop.grad, fbprop.grad), (jax.grad, fbprop.grad), (fbprop.grad, jax.grad)]:
+    for outer, inner in [
+        (fbprop.grad, fbprop.grad),
+        (jax.grad, fbprop.grad),
+        (fbprop.grad, jax.grad),
+    ]:
         same(outer(norm(inner))(params), expected, 1e-5)
         same(jax.jit(outer(jax.jit(norm(inner))))(params), expected, 1e-5)
     thrice = lambda g: g(g(g(lambda x: jnp.sin(x) * jnp.exp(x))))
@@ -142,7 +150,10 @@ def test_closed_over_tracers():
     same(jax.grad(outer(fbprop.grad))(w, X), expected)
     same(fbprop.grad(outer(fbprop.grad))(w, X), expected)
     same(jax.jit(fbprop.grad(outer(fbprop.grad)))(w, X), expected)
-    same(jax.vmap(fbprop.grad(outer(fbprop.grad)), (0, None))(jnp.full(2, w), X), jnp.stack([expected] * 2))
+    same(
+        jax.vmap(fbprop.grad(outer(fbprop.grad)), (0, None))(jnp.full(2, w), X),
+        jnp.stack([expected] * 2),
+    )
 
 
 def test_pullback_crosses_jit():
@@ -150,7 +161,9 @@ def test_pullback_crosses_jit():
     out, pullback = jax.jit(lambda x: fbprop.vjp(f, x))(X)
     same(out, f(X))
     same(jax.jit(lambda p, d: p(d))(pullback, X), jax.vjp(f, X)[1](X))
-    same(jax.vmap(pullback)(jnp.stack([X, 2 * X])), jax.vmap(jax.vjp(f, X)[1])(jnp.stack([X, 2 * X])))
+    same(
+        jax.vmap(pullback)(jnp.stack([X, 2 * X])), jax.vmap(jax.vjp(f, X)[1])(jnp.stack([X, 2 * X]))
+    )
     assert "keeping 16 bytes" in repr(pullback)
 
 
@@ -175,31 +188,63 @@ def test_shape_errors_match_the_function_at_fault():
         with pytest.raises(error, match=match):
             fun(*args)
 
-    fails("Gradient only defined for scalar-output functions. Output had shape", fbprop.grad(lambda x: x), X)
-    fails("Gradient only defined for scalar-output functions. Output was", fbprop.grad(lambda x: (x, x)), 1.0)
-    fails("grad requires real- or complex-valued inputs .* int32", fbprop.grad(lambda x: x * 1.0), 3)
-    fails("grad requires real- or complex-valued inputs .* bool", fbprop.grad(lambda x: x * 1.0), True)
+    fails(
+        "Gradient only defined for scalar-output functions. Output had shape",
+        fbprop.grad(lambda x: x),
+        X,
+    )
+    fails(
+        "Gradient only defined for scalar-output functions. Output was",
+        fbprop.grad(lambda x: (x, x)),
+        1.0,
+    )
+    fails(
+        "grad requires real- or complex-valued inputs .* int32", fbprop.grad(lambda x: x * 1.0), 3
+    )
+    fails(
+        "grad requires real- or complex-valued inputs .* bool", fbprop.grad(lambda x: x * 1.0), True
+    )
     fails("grad requires real-valued outputs .* complex64", fbprop.grad(lambda x: x * 1j), 1.0)
     fails("grad requires real-valued outputs .* int32", fbprop.grad(lambda x: 3), 1.0)
-    fails("holomorphic=True requires inputs with complex dtype, but got float32",
-          fbprop.grad(lambda x: x, holomorphic=True), 1.0)
-    fails("holomorphic=True requires outputs with complex dtype, but got float32",
-          fbprop.grad(jnp.abs, holomorphic=True), 1.0 + 1j)
-    fails("requires at least 2 positional arguments", fbprop.grad(lambda x: x, 1), 1.0, error=ValueError)
+    fails(
+        "holomorphic=True requires inputs with complex dtype, but got float32",
+        fbprop.grad(lambda x: x, holomorphic=True),
+        1.0,
+    )
+    fails(
+        "holomorphic=True requires outputs with complex dtype, but got float32",
+        fbprop.grad(jnp.abs, holomorphic=True),
+        1.0 + 1j,
+    )
+    fails(
+        "requires at least 2 positional arguments",
+        fbprop.grad(lambda x: x, 1),
+        1.0,
+        error=ValueError,
+    )
     fails("expected a callable", fbprop.vjp, 3, 1.0)
     fails("expected a callable", fbprop.grad, 3)
     fails("not a valid JAX type", fbprop.grad(lambda x: 1.0), "text")
     fails("expected a tuple of length 2", lambda: fbprop.vjp(lambda x: x, 1.0, has_aux=True))
     fails("expected fbprop.Table", lambda: fbprop.grad(lambda x: x, rules={})(1.0))
-    fails("expected None or 'jax'", lambda: fbprop.grad(lambda x: x, fallback="torch")(1.0), error=ValueError)
+    fails(
+        "expected None or 'jax'",
+        lambda: fbprop.grad(lambda x: x, fallback="torch")(1.0),
+        error=ValueError,
+    )
 
 
 def test_cotangent_errors():
     _, pullback = fbprop.vjp(lambda x: {"y": x}, X)
     with pytest.raises(ValueError, match="Tree structure of cotangent input"):
         pullback(X)
-    with pytest.raises(ValueError, match=re.escape("got an unexpected JAX type for argument to vjp "
-                                                   "function: float32[2] expected float32[1,2]")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "got an unexpected JAX type for argument to vjp "
+            "function: float32[2] expected float32[1,2]"
+        ),
+    ):
         pullback({"y": X[0]})
     with pytest.raises(ValueError, match=r"float16\[1,2\] expected float32\[1,2\]"):
         pullback({"y": X.astype("float16")})

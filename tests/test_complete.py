@@ -1,14 +1,15 @@
 """The table against the test rows, both ways, and against what JAX itself can differentiate."""
 
-import fbprop
 import jax
 import jax.extend.core.primitives
 import jax.scipy.special
 import pytest
+from jax._src.interpreters import ad
+
+import fbprop
 from cases import CASES
 from fbprop.rule import NoGradient
 from fbprop.rules.delegated import Delegated, Refused
-from jax._src.interpreters import ad
 
 # What JAX differentiates and fbprop does not, and why: README, "Differences from JAX".
 OUTSIDE = {
@@ -35,26 +36,36 @@ def own_rules():
     return named - CALLS
 
 
+# jax 0.10 gives complex sign the gradient 0 and nextafter none: test_limits.py checks both there
+# against finite differences; on 0.12 they have rows like any other.
+RIGHT_ONLY_IN_0_12 = {"sign", "nextafter"} if jax.__version_info__ < (0, 12) else set()
+
+
 def test_every_rule_has_a_row_and_every_row_a_rule():
     # Rules for primitives of the other supported JAX have their rows there.
-    there = {name for name in own_rules() if "." in name or name in primitives()}
-    assert there == {case.name for case in CASES}
+    here = {name for name in own_rules() if "." in name or name in primitives()}
+    assert here - RIGHT_ONLY_IN_0_12 == {case.name for case in CASES}
+
+
+TABLES = (
+    "primitive_jvps", "primitive_transposes", "fancy_transposes", "primitive_linearizations"
+)
+
+
+def registered():
+    """Names of all primitives this JAX has a derivative or a transpose for."""
+    names = {p.name for t in TABLES for p in getattr(ad, t)}
+    return {n for n in names if "[" not in n}  # "vjp_node[jit]" and such are made as functions run
 
 
 def primitives():
-    """Names of all primitives this JAX has a derivative or transpose for, or exports."""
-    tables = ("primitive_jvps", "primitive_transposes", "fancy_transposes",
-              "primitive_linearizations")
-    registered = {p.name for t in tables for p in getattr(ad, t)}
+    """Those, and what JAX exports."""
     exported = {p.name for p in vars(jax.extend.core.primitives).values() if hasattr(p, "bind")}
-    return registered | exported | {"custom_vjp_call"}
+    return registered() | exported | {"custom_vjp_call"}
 
 
 def test_every_primitive_jax_differentiates_has_a_rule():
-    tables = ("primitive_jvps", "primitive_transposes", "fancy_transposes",
-              "primitive_linearizations")
-    jax_can = {p.name for t in tables for p in getattr(ad, t)}
-    missing = sorted(jax_can - set(fbprop.table) - set(OUTSIDE))
+    missing = sorted(registered() - set(fbprop.table) - set(OUTSIDE))
     assert not missing, f"jax {jax.__version__} differentiates these; the table does not: {missing}"
 
 

@@ -1,11 +1,12 @@
 """Primitives that JAX differentiates for us, and those that nobody can."""
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import io_callback
+
+import fbprop
 
 
 @pytest.mark.parametrize("callback", [

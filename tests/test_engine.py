@@ -1,12 +1,13 @@
 """What the engine runs, keeps and skips; overrides; identification of library functions; errors."""
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
+
+import fbprop
 
 X = jnp.array([0.5, -1.0, 2.0])
 
@@ -37,7 +38,7 @@ def test_only_what_active_operands_ask_for_is_kept():
 def test_what_no_result_needs_is_not_kept_and_not_run_backward():
     table = fbprop.table.override(fbprop.rule("sin", "", x=never))
     fun = lambda x: (x * 2.0, jnp.sin(x))
-    out, pullback, aux = fbprop.vjp(fun, X, has_aux=True, rules=table)
+    _, pullback, _ = fbprop.vjp(fun, X, has_aux=True, rules=table)
     assert jax.tree.leaves(pullback.kept) == []
     np.testing.assert_allclose(pullback(X)[0], 2 * X)
 
@@ -76,7 +77,7 @@ def test_scan_does_not_carry_zeros_back():
         (h, metric), _ = lax.scan(step, (x, x), None, length=3)
         return jnp.sum(h), metric
 
-    ours, aux = fbprop.grad(fun, has_aux=True, rules=table)(X)
+    ours, _ = fbprop.grad(fun, has_aux=True, rules=table)(X)
     np.testing.assert_allclose(ours, jax.grad(fun, has_aux=True)(X)[0], rtol=1e-6)
 
 
@@ -104,15 +105,23 @@ def test_while_runs_forward_and_refuses_backward():
 def test_linear_solve_with_auxiliary_output_and_without_a_transpose():
     a = jnp.array([[2.0, 0.5], [0.5, 1.0]])
     solver = lambda _, y: (jnp.linalg.inv(a) @ y, {"steps": jnp.ones(())})
-    symmetric = lambda b: jnp.sum(lax.custom_linear_solve(
-        lambda v: a @ v, b, solver, symmetric=True, has_aux=True)[0])
-    tree = lambda b: jnp.sum(lax.custom_linear_solve(
-        lambda v: {"x": a @ v["x"], "y": 2.0 * v["y"]}, {"x": b, "y": b * b},
-        lambda _, v: {"x": jnp.linalg.inv(a) @ v["x"], "y": v["y"] / 2.0}, symmetric=True)["y"] * b)
+    symmetric = lambda b: jnp.sum(
+        lax.custom_linear_solve(lambda v: a @ v, b, solver, symmetric=True, has_aux=True)[0]
+    )
+    tree = lambda b: jnp.sum(
+        lax.custom_linear_solve(
+            lambda v: {"x": a @ v["x"], "y": 2.0 * v["y"]},
+            {"x": b, "y": b * b},
+            lambda _, v: {"x": jnp.linalg.inv(a) @ v["x"], "y": v["y"] / 2.0},
+            symmetric=True,
+        )["y"]
+        * b
+    )
     np.testing.assert_allclose(fbprop.grad(tree)(X[:2]), jax.grad(tree)(X[:2]), rtol=1e-6)
     np.testing.assert_allclose(fbprop.grad(symmetric)(X[:2]), jax.grad(symmetric)(X[:2]), rtol=1e-6)
-    no_transpose = lambda b: jnp.sum(lax.custom_linear_solve(
-        lambda v: a @ v, b, lambda _, y: jnp.linalg.inv(a) @ y))
+    no_transpose = lambda b: jnp.sum(
+        lax.custom_linear_solve(lambda v: a @ v, b, lambda _, y: jnp.linalg.inv(a) @ y)
+    )
     with pytest.raises(TypeError, match=r"transpose_solve required .*test_engine.py"):
         fbprop.grad(no_transpose)(X[:2])
 
@@ -154,8 +163,13 @@ def test_override_everywhere_and_by_path():
 
     plain = fbprop.grad(fun)(X)
     for where, factor in [
-        (None, 8.0), ("encoder/*", 4.0), ("encoder/first/*", 2.0), ("*/first/*", 2.0),
-        ("encoder/tanh", 2.0), ("decoder/*", 1.0), ("tanh", 2.0),
+        (None, 8.0),
+        ("encoder/*", 4.0),
+        ("encoder/first/*", 2.0),
+        ("*/first/*", 2.0),
+        ("encoder/tanh", 2.0),
+        ("decoder/*", 1.0),
+        ("tanh", 2.0),
     ]:
         table = fbprop.table.override(scaled(2.0), where=where)
         np.testing.assert_allclose(fbprop.grad(fun, rules=table)(X), factor * plain, rtol=1e-6)
@@ -195,7 +209,9 @@ def test_the_table_is_immutable_and_lists_its_rules():
 def guided():
     """Guided backpropagation: only positive cotangents pass."""
     return fbprop.table.override(
-        fbprop.rule("jax.nn.relu", "", x=lambda dy, out: jnp.where(out > 0, jnp.maximum(dy, 0.0), 0.0))
+        fbprop.rule(
+            "jax.nn.relu", "", x=lambda dy, out: jnp.where(out > 0, jnp.maximum(dy, 0.0), 0.0)
+        )
     )
 
 
@@ -234,8 +250,9 @@ def impostors():
     yield "custom_vjp", relu, lambda x: jnp.full(x.shape, 7.0)
 
 
-@pytest.mark.parametrize(("fun", "expected"), [(f, e) for _, f, e in impostors()],
-                         ids=[name for name, *_ in impostors()])
+@pytest.mark.parametrize(
+    ("fun", "expected"), [(f, e) for _, f, e in impostors()], ids=[name for name, *_ in impostors()]
+)
 def test_a_users_function_called_relu_never_gets_the_librarys_rule(fun, expected):
     table = fbprop.table.override(fbprop.rule("jax.nn.relu", "", x=never))
     gradient = fbprop.grad(lambda x: jnp.sum(fun(x)), rules=table)
@@ -284,21 +301,36 @@ def test_a_missing_rule_says_what_where_and_how_to_go_on():
     with pytest.raises(fbprop.MissingRule) as error:
         fbprop.grad(fun)(X)
     message = str(error.value)
-    for part in ("'mystery'", "operand 0 (float32[3])", "test_engine.py:", "(test_a_missing",
-                 "encoder", "fbprop.register(fbprop.rule('mystery', ...))", "fallback='jax'"):
+    for part in (
+        "'mystery'",
+        "operand 0 (float32[3])",
+        "test_engine.py:",
+        "(test_a_missing",
+        "encoder",
+        "fbprop.register(fbprop.rule('mystery', ...))",
+        "fallback='jax'",
+    ):
         assert part in message, message
-    np.testing.assert_allclose(fbprop.grad(lambda x: jnp.sum(jnp.sin(x)) + jnp.sum(MYSTERY.bind(X)))(X), jnp.cos(X))
+    np.testing.assert_allclose(
+        fbprop.grad(lambda x: jnp.sum(jnp.sin(x)) + jnp.sum(MYSTERY.bind(X)))(X), jnp.cos(X)
+    )
     np.testing.assert_allclose(fbprop.grad(fun, fallback="jax")(X), 9.0)
     mine = fbprop.table.override(fbprop.rule("mystery", "y = 3x", x=lambda dy: 3.0 * dy))
     np.testing.assert_allclose(fbprop.grad(fun, rules=mine)(X), 9.0)
 
 
-@pytest.mark.parametrize(("pullback", "match"), [
-    (lambda dy: dy[:2], r"got float32\[2\] expected float32\[3\] for operand 0 of 'sin' \(at .*test_engine"),
-    (lambda dy: dy.astype("float16"), r"got float16\[3\] expected float32\[3\]"),
-    (lambda dy: dy.astype("int32"), r"got int32\[3\] expected float32\[3\]"),
-    (lambda dy: dy[None], r"got float32\[1,3\]|got float32\[1, 3\]"),
-])
+@pytest.mark.parametrize(
+    ("pullback", "match"),
+    [
+        (
+            lambda dy: dy[:2],
+            r"got float32\[2\] expected float32\[3\] for operand 0 of 'sin' \(at .*test_engine",
+        ),
+        (lambda dy: dy.astype("float16"), r"got float16\[3\] expected float32\[3\]"),
+        (lambda dy: dy.astype("int32"), r"got int32\[3\] expected float32\[3\]"),
+        (lambda dy: dy[None], r"got float32\[1,3\]|got float32\[1, 3\]"),
+    ],
+)
 def test_a_rule_that_returns_no_cotangent_of_its_operand(pullback, match):
     table = fbprop.table.override(fbprop.rule("sin", "", x=pullback))
     with pytest.raises(fbprop.CotangentError, match=match):
@@ -307,7 +339,10 @@ def test_a_rule_that_returns_no_cotangent_of_its_operand(pullback, match):
 
 def test_a_rule_that_returns_the_wrong_number_of_cotangents():
     table = fbprop.table.override(fbprop.pair("sin", "", lambda site, kept, dy: [dy, dy]))
-    with pytest.raises(fbprop.CotangentError, match="one cotangent per operand, got 2 expected 1 from the rule for 'sin'"):
+    with pytest.raises(
+        fbprop.CotangentError,
+        match="one cotangent per operand, got 2 expected 1 from the rule for 'sin'",
+    ):
         fbprop.grad(jnp.sin, rules=table)(1.0)
 
 
@@ -318,5 +353,7 @@ def test_a_rule_that_asks_for_what_is_not_there():
     with pytest.raises(TypeError, match="got 'axis' expected one of .* in the rule for 'sin'"):
         fbprop.grad(jnp.sin, rules=table)(1.0)
     table = fbprop.table.override(fbprop.rule("sin", "", x=lambda dy: dy, y=None))
-    with pytest.raises(TypeError, match=r"names every operand .* got 2 \(x, y\) expected 1 for 'sin'"):
+    with pytest.raises(
+        TypeError, match=r"names every operand .* got 2 \(x, y\) expected 1 for 'sin'"
+    ):
         fbprop.grad(jnp.sin, rules=table)(1.0)

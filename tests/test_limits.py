@@ -1,12 +1,13 @@
 """What has no derivative says so; what JAX refuses or gets wrong is right."""
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fbprop.check import compare, finite_differences, random_cotangent
 from jax import lax
+
+import fbprop
+from fbprop.check import compare, finite_differences, random_cotangent
 
 MATRIX = np.random.default_rng(0).standard_normal((5, 3)) + 3 * np.eye(5, 3)
 

@@ -6,8 +6,9 @@ import pathlib
 import pkgutil
 import re
 
-import fbprop
 import pytest
+
+import fbprop
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 

@@ -5,11 +5,12 @@ Almost all the time goes into compiling, so whatever a row needs is compiled as 
 
 import functools
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import fbprop
 from cases import CASES
 from fbprop import jaxcompat as jc
 from fbprop.check import compare, finite_differences, random_cotangent
@@ -147,7 +148,7 @@ def test_lower_precision_is_close_to_float64(case, x64):
 def test_order_two(case, x64):
     """Ours in ours against JAX's in JAX's."""
     if case.order == 1:
-        with pytest.raises((NotImplementedError, ValueError), match="differ|deriv|Unimplemented"):
+        with pytest.raises((NotImplementedError, ValueError), match="(?i)differ|deriv|unimpl"):
             second_order(jax.grad, jax.vjp, case, *operands(case))
         return
     primals, found = results(case)

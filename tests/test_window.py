@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases.case import apart
 from jax import lax
 
 import fbprop
+from cases.case import apart
 
 
 def by_hand(x, size, strides, padding, dilation):

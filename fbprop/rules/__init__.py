@@ -28,8 +28,25 @@ from fbprop.rules import (
 from fbprop.table import Table
 
 FAMILIES = (
-    elementwise, arithmetic, shape, reduction, contraction, convolution, window, cumulative,
-    indexing, ordering, special, complex_numbers, linalg, control, loop, implicit, collective, shard, delegated,
+    elementwise,
+    arithmetic,
+    shape,
+    reduction,
+    contraction,
+    convolution,
+    window,
+    cumulative,
+    indexing,
+    ordering,
+    special,
+    complex_numbers,
+    linalg,
+    control,
+    loop,
+    implicit,
+    collective,
+    shard,
+    delegated,
     library_functions,
 )
 

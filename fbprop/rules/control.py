@@ -179,7 +179,7 @@ def _slots(types_per_branch):
 
 
 class While(NoGradient):
-    """The number of steps is known only when they have run, so nothing can be kept for going back."""
+    """The number of steps is known only when they have run: nothing can be kept for going back."""
 
     def __init__(self):
         super().__init__(

@@ -9,40 +9,34 @@ so x and y are all that is kept, ties fall exactly as in JAX, and nothing is div
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import elementwise, linear
+from fbprop.rule import Pullbacks, linear
 
 
-def _unscan(dy, x, y, combine, pull):
-    """Cotangent of x for y₀ = x₀, yᵢ = combine(yᵢ₋₁, xᵢ), along axis 0, in O(n) operations."""
-    n = x.shape[0]
+def _unscan(dy, x, y, axis, combine, pull):
+    """Cotangent of x for y₀ = x₀, yᵢ = combine(yᵢ₋₁, xᵢ) along the axis, in O(n) operations."""
+    n = x.shape[axis]
     if n < 2:
         return dy
-    left, right, odd = x[: n - n % 2 : 2], x[1::2], y[1::2]
+    every_other = lambda a, start, stop=None: lax.slice_in_dim(a, start, stop, 2, axis)
+    left, right, odd = every_other(x, 0, n - n % 2), every_other(x, 1), every_other(y, 1)
     pairs = combine(left, right)
     # y₂ₖ = combine(y₂ₖ₋₁, x₂ₖ) for k > 0, and y₀ = x₀.
-    earlier = odd[: (n - 1) // 2]
-    d_earlier, d_even = pull(dy[2::2], earlier, x[2::2], y[2::2])
-    d_odd = dy[1::2] + _pad_end(d_earlier, odd.shape[0] - earlier.shape[0])
-    d_pairs = _unscan(d_odd, pairs, odd, combine, pull)
-    d_left, d_right = pull(d_pairs, left, right, pairs)
-    d_even = jnp.concatenate([dy[:1], d_even]) + _pad_end(d_left, n % 2)
-    return _interleave(d_even, d_right)
+    earlier = lax.slice_in_dim(odd, 0, (n - 1) // 2, 1, axis)
+    d_earlier, d_even = pull(every_other(dy, 2), earlier, every_other(x, 2), every_other(y, 2))
+    d_odd = every_other(dy, 1) + _padded(d_earlier, axis, 0, 1 - n % 2)
+    d_left, d_right = pull(_unscan(d_odd, pairs, odd, axis, combine, pull), left, right, pairs)
+    first = lax.slice_in_dim(dy, 0, 1, 1, axis)
+    d_even = lax.concatenate([first, d_even], axis) + _padded(d_left, axis, 0, n % 2)
+    return _padded(d_even, axis, 0, 1 - n % 2, 1) + _padded(d_right, axis, 1, n % 2, 1)
 
 
-def _pad_end(x, count):
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, count, 0)] + [(0, 0, 0)] * (x.ndim - 1))
-
-
-def _interleave(even, odd):
-    n, zero = even.shape[0] + odd.shape[0], jnp.zeros((), even.dtype)
-    rest = [(0, 0, 0)] * (even.ndim - 1)
-    even = lax.pad(even, zero, [(0, 1 - n % 2, 1), *rest])
-    return even + lax.pad(odd, zero, [(1, n % 2, 1), *rest])
+def _padded(x, axis, before, after, between=0):
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = before, after, between
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def _product_pull(d, a, b, out):
@@ -60,13 +54,22 @@ def _logaddexp_pull(d, a, b, out):
     return d * jnp.exp(a - out), d * jnp.exp(b - out)
 
 
-def _along(combine: Callable, pull: Callable):
-    def pullback(dy, x, out, *, axis, reverse):
-        move = lambda v: jnp.moveaxis(lax.rev(v, (axis,)) if reverse else v, axis, 0)
-        dx = jnp.moveaxis(_unscan(move(dy), move(x), move(out), combine, pull), 0, axis)
-        return lax.rev(dx, (axis,)) if reverse else dx
+class TreeScan(Pullbacks):
+    """A running `combine`, forward by the same tree: the primitive takes up to 7 times as long."""
 
-    return pullback
+    def __init__(self, name, math, combine, pull):
+        def pullback(dy, x, out, *, axis, reverse):
+            turn = lambda a: lax.rev(a, (axis,)) if reverse else a
+            return turn(_unscan(turn(dy), turn(x), turn(out), axis, combine, pull))
+
+        super().__init__(name, math, {"x": pullback})
+        self.combine = combine
+
+    def prepare(self, site):
+        def forward(x):
+            return [lax.associative_scan(self.combine, x, **site.params)], ()
+
+        return super().prepare(site)._replace(forward=forward)
 
 
 RULES = [
@@ -74,26 +77,23 @@ RULES = [
         "cumsum", "yᵢ = Σ x over j ≤ i;  x̄ᵢ = Σ ȳ over j ≥ i: the sum from the other end.",
         lambda dy, *, axis, reverse: lax.cumsum(dy, axis, not reverse),
     ),
-    elementwise(
-        "cumprod",
-        "yᵢ = yᵢ₋₁ xᵢ;  x̄ by the tree, no division: exact where x = 0.  Keeps x and y.",
-        _along(lax.mul, _product_pull),
+    TreeScan(
+        "cumprod", "yᵢ = yᵢ₋₁ xᵢ;  x̄ by the tree, no division: exact where x = 0.  Keeps x and y.",
+        lax.mul, _product_pull,
     ),
-    elementwise(
+    TreeScan(
         "cummax",
-        "yᵢ = max(yᵢ₋₁, xᵢ);  x̄ by the tree. Kink: halves at each tie in the tree, as JAX. Keeps x "
-        "and y.",
-        _along(lax.max, _extremum_pull),
+        "yᵢ = max(yᵢ₋₁, xᵢ);  x̄ by the tree. Kink: halves at each tie in it, as JAX.  Keeps x, y.",
+        lax.max, _extremum_pull,
     ),
-    elementwise(
+    TreeScan(
         "cummin",
-        "yᵢ = min(yᵢ₋₁, xᵢ);  x̄ by the tree. Kink: halves at each tie in the tree, as JAX. Keeps x "
-        "and y.",
-        _along(lax.min, _extremum_pull),
+        "yᵢ = min(yᵢ₋₁, xᵢ);  x̄ by the tree. Kink: halves at each tie in it, as JAX.  Keeps x, y.",
+        lax.min, _extremum_pull,
     ),
-    elementwise(
+    TreeScan(
         "cumlogsumexp",
         "yᵢ = log(exp yᵢ₋₁ + exp xᵢ);  x̄ by the tree, weights exp(a − y) ≤ 1.  Keeps x and y.",
-        _along(jnp.logaddexp, _logaddexp_pull),
+        jnp.logaddexp, _logaddexp_pull,
     ),
 ]

@@ -41,28 +41,50 @@ def _delegated(reason, *names):
 RULES = [
     *_delegated(
         "a conversion between types that say how values are distributed over a mesh.",
-        "all_gather_reduced", "global_array_to_host_local_array",
-        "host_local_array_to_global_array", "pbroadcast", "pbroadcast_dynamic", "preduced", "ragged_all_to_all",
-        "reduced_vary_cast", "reduced_vary_cast_p", "relayout", "reshard", "unreduced_psum",
-        "unreduced_reduce_scatter", "vary_unreduced_cast", "vary_unreduced_cast_p",
+        "all_gather_reduced",
+        "global_array_to_host_local_array",
+        "host_local_array_to_global_array",
+        "pbroadcast",
+        "pbroadcast_dynamic",
+        "preduced",
+        "ragged_all_to_all",
+        "reduced_vary_cast",
+        "reduced_vary_cast_p",
+        "relayout",
+        "reshard",
+        "unreduced_psum",
+        "unreduced_reduce_scatter",
+        "vary_unreduced_cast",
+        "vary_unreduced_cast_p",
         "with_memory_space_constraint",
     ),
     *_delegated(
         "its derivative is what the user's class or function defines.",
-        "call_hi_primitive", "call_hi_primitive_linearized", "custom_lin", "remat_opt",
+        "call_hi_primitive",
+        "call_hi_primitive_linearized",
+        "custom_lin",
+        "remat_opt",
     ),
     *_delegated(
-        "a conversion to or from an extended dtype.", "from_edtype", "to_edtype", "stage",
+        "a conversion to or from an extended dtype.",
+        "from_edtype",
+        "to_edtype",
+        "stage",
     ),
     *[
         Refused(name, f"{what} have no derivative: the code behind them is not JAX's.")
         for name, what in [
-            ("pure_callback", "Pure callbacks"), ("io_callback", "IO callbacks"),
+            ("pure_callback", "Pure callbacks"),
+            ("io_callback", "IO callbacks"),
             ("ffi_call", "Foreign functions"),
         ]
     ],
     *no_gradient(
         "Looks at a value and returns nothing: no gradient.",
-        "debug_callback", "debug_print", "inspect_sharding", "dce_sink", "check",
+        "debug_callback",
+        "debug_print",
+        "inspect_sharding",
+        "dce_sink",
+        "check",
     ),
 ]

@@ -96,7 +96,7 @@ class Loop:
 
     def __init__(self, engine, jaxpr, active, wanted, sizes, length, reverse, unroll, path):
         self.n_consts, self.n_carry = sizes
-        self.options = dict(length=length, unroll=unroll)
+        self.options = {"length": length, "unroll": unroll}
         self.reverse = reverse
         self.both = both = Halves(engine, inlined(jaxpr, engine.table), active, wanted, path)
         self.wanted_carry = wanted[: self.n_carry]
@@ -147,7 +147,8 @@ class Loop:
         once = evaluate(self.both.body, consts, self.once, known={})
 
         def body(carry, x):
-            values = evaluate(self.both.body, (*consts, *carry, *x), [*self.both.outs, *self.stacked])
+            want = [*self.both.outs, *self.stacked]
+            values = evaluate(self.both.body, (*consts, *carry, *x), want)
             outs, kept = values[: self.both.n_out], values[self.both.n_out :]
             return outs[: self.n_carry], (outs[self.n_carry :], kept)
 

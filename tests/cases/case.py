@@ -75,7 +75,7 @@ def positive(*shape):
 
 
 def apart(*shape):
-    """All elements distinct, at least 0.1 apart and 0.05 from any multiple of 0.5: no ties, no kinks."""
+    """Elements at least 0.4 apart and 0.2 from any multiple of 0.5: no ties, no kinks."""
 
     def spec(rng):
         n = int(np.prod(shape))

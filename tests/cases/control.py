@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from cases.case import Case, definite, exactly, real
 from jax import lax
+
+from cases.case import Case, definite, exactly, real
 
 
 def cell(carry, x):

@@ -1,6 +1,7 @@
 """Rows of rules/library_functions.py."""
 
 import jax
+
 from cases.case import Case, apart, real
 
 CASES = [

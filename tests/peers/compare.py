@@ -1,9 +1,10 @@
 """Value and gradient of a model that is not ours: fbprop against JAX, eager and jitted."""
 
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import fbprop
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
@@ -31,4 +32,4 @@ def assert_same_gradient(loss, params, dtype):
             # rounding errors of the whole gradient, 1e-7 of it in float32: compared on its scale.
             scale = max(float(jnp.abs(b).max()), 1e-2 * largest)
             error = float(jnp.abs(a - b).max()) / scale
-            assert error <= TOLERANCE[dtype], f"{b.shape}: {error:.1e}, {scale:.1e} of {largest:.1e}"
+            assert error <= TOLERANCE[dtype], f"{b.shape}: {error:.1e} of {scale:.1e}"

@@ -1,12 +1,13 @@
 """Equinox models, and Optax around both gradients."""
 
 import equinox as eqx
-import fbprop
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import fbprop
 from compare import assert_same_gradient, cast
 
 KEY = jax.random.key(0)

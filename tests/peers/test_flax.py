@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from compare import assert_same_gradient, cast
 from flax import nnx
+
+from compare import assert_same_gradient, cast
 
 KEY = jax.random.key(0)
 both = pytest.mark.parametrize("dtype", ["float64", "float32"])

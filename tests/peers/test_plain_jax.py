@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from compare import assert_same_gradient, cast
 from jax import lax
+
+from compare import assert_same_gradient, cast
 
 KEY = jax.random.key(0)
 
