@@ -115,7 +115,7 @@ def check(fun: Callable, *primals, rules: Table | None = None, differences: bool
         expected = jax.vjp(fun, *primals)[1](cotangent)
         rows = compare(primals, got, expected, "jax.vjp", rtol_jax)
         if differences:
-            expected = finite_differences(fun, primals, cotangent)
+            expected = jax.jit(lambda *a: finite_differences(fun, *a))(primals, cotangent)
             rows += compare(primals, got, expected, "differences", rtol_differences)
     report = Report(tuple(rows))
     if not report.ok:
@@ -175,10 +175,6 @@ def finite_differences(fun, primals, cotangent):
 
     For a complex operand x̄ = ∂L/∂Re x − i ∂L/∂Im x, JAX's convention.
     """
-    return jax.jit(lambda p, d: _differences(fun, p, d))(primals, cotangent)
-
-
-def _differences(fun, primals, cotangent):
     leaves, tree = jax.tree.flatten(primals)
     weights = tree_leaves(cotangent)
 

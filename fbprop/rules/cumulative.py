@@ -9,12 +9,16 @@ so x and y are all that is kept, ties fall exactly as in JAX, and nothing is div
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fbprop.rule import Pullbacks, linear
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)  # one dispatch if run eagerly
 def _unscan(dy, x, y, axis, combine, pull):
     """Cotangent of x for y₀ = x₀, yᵢ = combine(yᵢ₋₁, xᵢ) along the axis, in O(n) operations."""
     n = x.shape[axis]

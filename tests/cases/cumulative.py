@@ -13,10 +13,11 @@ CASES = [
     Case(name, lambda x, f=f, a=axis, r=reverse: f(x, a, r), (make(*shape),), label)
     for name, (f, make) in SCANS.items()
     for label, shape, axis, reverse in (
-        ("7", (7,), 0, False), ("axis 0", (5, 2, 3), 0, False), ("axis 1", (2, 7), 1, False),
-        ("reverse", (2, 5), 1, True), ("one", (2, 1), 1, False), ("two", (2, 3), 0, True),
+        ("5", (5,), 0, False), ("axis 1", (2, 3), 1, False), ("reverse", (2, 3), 0, True),
+        ("one", (2, 1), 1, False),
     )
 ] + [
+    Case("cumprod", lax.cumprod, (real(7),), "7"),
     Case("cumsum", lax.cumsum, (complex_(5, 2),), "complex", dtypes=("float32",)),
     Case("cumprod", lax.cumprod, (complex_(5, 2),), "complex", dtypes=("float32",)),
     # x̄ₖ = Σᵢ ∏ⱼ≠ₖ xⱼ over i ≥ k: a division by x would be wrong at each of these.
