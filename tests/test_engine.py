@@ -277,7 +277,7 @@ def mystery():
     from jax.extend.core import Primitive
     from jax.interpreters import ad, mlir
 
-    p = Primitive("mystery")
+    p = Primitive("test_mystery")
     p.def_impl(lambda x: x * 3.0)
     p.def_abstract_eval(lambda x: x)
     mlir.register_lowering(p, mlir.lower_fun(lambda x: x * 3.0, multiple_results=False))
@@ -302,12 +302,12 @@ def test_a_missing_rule_says_what_where_and_how_to_go_on():
         fbprop.grad(fun)(X)
     message = str(error.value)
     for part in (
-        "'mystery'",
+        "'test_mystery'",
         "operand 0 (float32[3])",
         "test_engine.py:",
         "(test_a_missing",
         "encoder",
-        "fbprop.register(fbprop.rule('mystery', ...))",
+        "fbprop.register(fbprop.rule('test_mystery', ...))",
         "fallback='jax'",
     ):
         assert part in message, message
@@ -315,7 +315,7 @@ def test_a_missing_rule_says_what_where_and_how_to_go_on():
         fbprop.grad(lambda x: jnp.sum(jnp.sin(x)) + jnp.sum(MYSTERY.bind(X)))(X), jnp.cos(X)
     )
     np.testing.assert_allclose(fbprop.grad(fun, fallback="jax")(X), 9.0)
-    mine = fbprop.table.override(fbprop.rule("mystery", "y = 3x", x=lambda dy: 3.0 * dy))
+    mine = fbprop.table.override(fbprop.rule("test_mystery", "y = 3x", x=lambda dy: 3.0 * dy))
     np.testing.assert_allclose(fbprop.grad(fun, rules=mine)(X), 9.0)
 
 
