@@ -145,6 +145,14 @@ def varying_axes(aval):
 
 def zeros(aval):
     """Zeros of exactly this type, which includes the axes they are taken to vary over."""
-    value = jax.numpy.zeros(aval.shape, aval.dtype)
-    axes = tuple(varying_axes(aval))
-    return jax.lax.pcast(value, axes, to="varying") if axes else value
+    return varying_like(jax.numpy.zeros(aval.shape, aval.dtype), aval)
+
+
+def varying_like(value, *others):
+    """The value as one that varies over the axes the others (arrays or types) vary over.
+
+    A loop that starts from a constant and adds such values to it needs to start from this.
+    """
+    types = [x if hasattr(x, "to_tangent_aval") else jax.typeof(x) for x in others]
+    axes = frozenset().union(*map(varying_axes, types)) - varying_axes(jax.typeof(value))
+    return jax.lax.pcast(value, tuple(axes), to="varying") if axes else value

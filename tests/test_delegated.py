@@ -21,6 +21,17 @@ def test_callbacks_are_refused_where_a_derivative_would_pass(callback):
     )
 
 
+def test_a_windowed_reduction_of_the_users_is_refused_in_jax_and_here():
+    def fun(x):
+        multiply = lambda a, b: a * b + 0.0 * a
+        return jnp.sum(jax.lax.reduce_window(x, 1.0, multiply, (2,), (1,), "VALID"))
+
+    with pytest.raises(ValueError, match="Linearization failed"):
+        jax.grad(fun)(jnp.ones(3))
+    with pytest.raises(ValueError, match="other than max, min and sum have no derivative, got"):
+        fbprop.grad(fun)(jnp.ones(3))
+
+
 def test_looking_at_values_changes_nothing():
     def fun(x):
         y = jnp.sin(x)

@@ -79,6 +79,11 @@ RULES = [
             ("ffi_call", "Foreign functions"),
         ]
     ],
+    Refused(
+        "reduce_window",
+        "Windowed reductions other than max, min and sum have no derivative: JAX has a forward one "
+        "only.",
+    ),
     *no_gradient(
         "Looks at a value and returns nothing: no gradient.",
         "debug_callback",

@@ -110,8 +110,9 @@ CASES = [
          "no carry", kept=6 * F64),
     Case("scan", weights, (real(2, 2, scale=0.3), real(2), real(3, 2)), "constants",
          kept=(4 + 2 * 3 + 2 * 3) * F64),
-    Case("scan", nested, (real(), real(3, 2)), "nested", kept=2 * 6 * F64),
-    Case("scan", counted, (real(), real(3)), "integer carry", kept=(3 + 3) * F64 + 3),
+    Case("scan", nested, (real(), real(3, 2)), "nested", kept=3 * 6 * F64),  # a, b and a b
+    Case("scan", counted, (real(), real(3)), "integer carry",
+         kept=3 * 3 * F64 + 3),  # h, x and h x; of the counter only whether it is even
     Case("remat2", lambda x, y: jax.checkpoint(lambda a, b: jnp.sin(jnp.sin(a) * b))(x, y),
          (real(2, 3), real(2, 3)), kept=2 * 6 * F64),
     Case("remat2", lambda x, y: jax.checkpoint(
