@@ -7,16 +7,30 @@ touches an attribute of a jaxpr that is not used here, so a new JAX release is m
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 
 import jax
-from jax.extend import core as jex
-from jax.extend import source_info_util
 
-source_info_util.register_exclusion(__file__.rsplit("/", 1)[0])
 
-Var, Literal, DropVar = jex.Var, jex.Literal, jex.DropVar
+@functools.cache
+def _source_info():
+    """JAX's module about source lines and name stacks, told to skip fbprop's own frames.
+
+    Imported when it is first needed: `jax.extend` imports Pallas, 40 ms of an import of fbprop.
+    """
+    from jax.extend import source_info_util
+
+    source_info_util.register_exclusion(__file__.rsplit("/", 1)[0])
+    return source_info_util
+
+
+def as_function(jaxpr):
+    """The function of flat values that a closed jaxpr is."""
+    from jax.extend.core import jaxpr_as_fun
+
+    return jaxpr_as_fun(jaxpr)
 
 
 def open_jaxpr(jaxpr):
@@ -38,7 +52,8 @@ def in_avals(jaxpr):
 
 
 def is_var(atom):
-    return not isinstance(atom, Literal)
+    """Whether an operand or result is a variable; a literal carries its value instead."""
+    return not hasattr(atom, "val")
 
 
 def differentiable(aval):
@@ -60,15 +75,15 @@ def bind(eqn, operands):
 
 @contextlib.contextmanager
 def equation_context(eqn):
-    info = eqn.source_info
-    stack = source_info_util.current_name_stack() + info.name_stack
-    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+    info, lines = eqn.source_info, _source_info()
+    stack = lines.current_name_stack() + info.name_stack
+    with lines.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
         yield
 
 
 def source_line(eqn):
     """``file:line:column (function)`` of the user's code that made this equation."""
-    return source_info_util.summarize(eqn.source_info)
+    return _source_info().summarize(eqn.source_info)
 
 
 def scope(eqn):
@@ -98,10 +113,10 @@ def scan_sizes(params):
 @contextlib.contextmanager
 def backward_context(eqn):
     """Backward work carries its equation's source line and, marked, its scope, as JAX's does."""
-    info = eqn.source_info
-    with source_info_util.transform_name_stack("transpose"):
-        stack = source_info_util.current_name_stack() + info.name_stack
-        with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+    info, lines = eqn.source_info, _source_info()
+    with lines.transform_name_stack("transpose"):
+        stack = lines.current_name_stack() + info.name_stack
+        with lines.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
             yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 
 from fbprop import jaxcompat as jc
 from fbprop.halves import halves
@@ -42,10 +41,10 @@ class LinearSolve(Rule):
             matvec, vecmat, solve, transpose_solve = _by_role(consts, lengths)
             # b̄ = A⁻ᵀ x̄, itself a custom solve, so that it can be differentiated again.
             db = lax.custom_linear_solve(
-                lambda b: jaxpr_as_fun(jaxprs.vecmat)(*vecmat, *b),
+                lambda b: jc.as_function(jaxprs.vecmat)(*vecmat, *b),
                 list(douts[:n]),
-                lambda _, b: jaxpr_as_fun(jaxprs.transpose_solve)(*transpose_solve, *b)[:n],
-                lambda _, b: jaxpr_as_fun(jaxprs.solve)(*solve, *b)[:n],
+                lambda _, b: jc.as_function(jaxprs.transpose_solve)(*transpose_solve, *b)[:n],
+                lambda _, b: jc.as_function(jaxprs.solve)(*solve, *b)[:n],
             )
             # k̄ = −(∂ A(k) x / ∂k)ᵀ b̄
             outs, new = product.forward(*matvec, *x)
