@@ -157,4 +157,4 @@ def inlined(jaxpr, table):
 def _inlines(eqn, table):
     if eqn.primitive.name != "jit" or jc.is_sharded(eqn):
         return False
-    return table.find(eqn, "")[0] is table.get("jit")
+    return table.function(eqn)[0] is None

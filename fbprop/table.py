@@ -99,9 +99,13 @@ class Table(Mapping):
             return Table((*self._rules.values(), *rules), self._scoped)
         return Table(self._rules.values(), (*self._scoped, *((where, r) for r in rules)))
 
+    def function(self, eqn) -> tuple[str | None, Mapping | None]:
+        """The library function an equation is, of those that have a rule in any scope."""
+        return library.identify(eqn, self._functions)
+
     def find(self, eqn, path: str) -> tuple[Rule | None, Mapping | None]:
         """The rule of an equation and, for a library function, the arguments it was called with."""
-        function, arguments = library.identify(eqn, self._functions)
+        function, arguments = self.function(eqn)
         for name in (function, eqn.primitive.name):
             if name is None:
                 continue

@@ -192,6 +192,18 @@ def test_overrides_hold_in_loops_and_branches_and_leave_no_stale_caches():
         np.testing.assert_allclose(fbprop.grad(fun)(0.3), expected, rtol=1e-6)
 
 
+def test_a_library_function_overridden_in_a_scope_is_found_inside_a_loop():
+    def step(x, _):
+        with jax.named_scope("encoder"):
+            return jax.nn.silu(x), None
+
+    fun = lambda x: lax.scan(step, x, None, length=2)[0]
+    blocked = fbprop.rule("jax.nn.silu", "", x=lambda dy: None)
+    assert fbprop.grad(fun, rules=fbprop.table.override(blocked, where="encoder/*"))(0.3) == 0.0
+    elsewhere = fbprop.table.override(blocked, where="decoder/*")
+    np.testing.assert_allclose(fbprop.grad(fun, rules=elsewhere)(0.3), jax.grad(fun)(0.3), 1e-6)
+
+
 def test_the_table_is_immutable_and_lists_its_rules():
     before = dict(fbprop.table)
     other = fbprop.table.override(fbprop.rule("tanh", "mine", x=lambda dy: dy))
