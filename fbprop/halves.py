@@ -98,11 +98,12 @@ def _halves(engine, jaxpr, active, wanted, path):
     return Halves(engine, jaxpr, active, wanted, path)
 
 
-def evaluate(jaxpr, args, want, known=None):
+def evaluate(jaxpr, args, want, known=None, bind=jc.bind):
     """Values of the atoms ``want`` of a jaxpr; runs only the equations they need, and effects.
 
     Args:
-      known: values, by variable, that need not be computed again.
+      known: values, by variable, that need not be computed again; effects then happened already.
+      bind: ``(equation, operands) -> results``: how an equation is run.
     """
     body = jc.open_jaxpr(jaxpr)
     env = dict(zip(body.constvars, jc.consts_of(jaxpr)))
@@ -116,7 +117,7 @@ def evaluate(jaxpr, args, want, known=None):
             needed.update(v for v in eqn.invars if jc.is_var(v))
     for eqn in reversed(run):
         operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
-        env.update(zip(eqn.outvars, jc.bind(eqn, operands)))
+        env.update(zip(eqn.outvars, bind(eqn, operands)))
     return [env[v] if jc.is_var(v) else v.val for v in want]
 
 
@@ -129,8 +130,10 @@ def depends_on(jaxpr, inputs) -> set:
     return found
 
 
-def inlined(jaxpr, table):
+def inlined(jaxpr, table=None):
     """The jaxpr with nested `jit` calls written out, but for library functions that have a rule.
+
+    Without a table, those too.
 
     Inside a loop or a branch everything is compiled as one anyway, and values inside the calls
     become visible: what a call computes from loop constants alone is then not kept per step.
@@ -157,4 +160,4 @@ def inlined(jaxpr, table):
 def _inlines(eqn, table):
     if eqn.primitive.name != "jit" or jc.is_sharded(eqn):
         return False
-    return table.function(eqn)[0] is None
+    return table is None or table.function(eqn)[0] is None

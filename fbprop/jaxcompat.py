@@ -159,8 +159,10 @@ def varying_axes(aval):
 
 
 def zeros(aval):
-    """Zeros of exactly this type, which includes the axes they are taken to vary over."""
-    return varying_like(jax.numpy.zeros(aval.shape, aval.dtype), aval)
+    """Zeros of exactly this type, which includes the axes they vary over and the memory."""
+    value = varying_like(jax.numpy.zeros(aval.shape, aval.dtype), aval)
+    space = getattr(aval, "memory_space", jax.memory.Space.Device)
+    return value if space == jax.memory.Space.Device else jax.device_put(value, space)
 
 
 def varying_like(value, *others):

@@ -1,7 +1,7 @@
-"""Rules for equations that contain other equations: jit, cond, while, remat, custom derivatives.
+"""Rules for equations that contain other equations: jit, cond, while, custom derivatives.
 
 Each asks the engine for the two halves of its inner jaxprs (`fbprop.halves`) and runs them the way
-the equation itself runs. ``scan`` has a file of its own.
+the equation itself runs. ``scan`` and ``remat`` have files of their own.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Cond(Rule):
             for b in site.params["branches"]
         ]
         borrowed = sorted({i for b in branches for i in b.borrowed()})
-        slots, layouts = _slots([[_type(v) for v in b.new] for b in branches])
+        slots, layouts = shared_slots([[aval_of(v) for v in b.new] for b in branches])
         reached = site.reached[1:]
         avals = site.in_avals[1:]
 
@@ -125,7 +125,7 @@ class Cond(Rule):
 
                 return branch
 
-            return _choose(site, index, [*map(run, branches, layouts)], *operands)
+            return choose(site.params, index, [*map(run, branches, layouts)], *operands)
 
         def backward(kept, filled, douts):
             index, *values = kept
@@ -141,27 +141,27 @@ class Cond(Rule):
 
                 return branch
 
-            chosen = _choose(site, index, [*map(run, branches, layouts)], at, filled, list(douts))
-            dins = iter(chosen)
+            runs = [*map(run, branches, layouts)]
+            dins = iter(choose(site.params, index, runs, at, filled, list(douts)))
             return [None, *(next(dins) if r else None for r in reached)]
 
         return Step((0, *(i + 1 for i in borrowed)), backward, forward)
 
 
-def _choose(site, index, branches, *args):
+def choose(params, index, branches, *args):
     """Run the branch of that index; by platform where the user branched on the platform."""
-    platforms = site.params.get("branches_platforms")
+    platforms = params.get("branches_platforms")
     if platforms is None:
         return lax.switch(index, branches, *args)
     named = {name: f for names, f in zip(platforms, branches) for name in names or ("default",)}
     return lax.platform_dependent(*args, **named)
 
 
-def _type(atom):
+def aval_of(atom):
     return atom.aval.strip_weak_type()
 
 
-def _slots(types_per_branch):
+def shared_slots(types_per_branch):
     """(types of the shared slots, per branch the slot of each of its leaves)."""
     slots, layouts = [], []
     for types in types_per_branch:
@@ -206,53 +206,6 @@ class While(NoGradient):
             f"dynamic start/stop values{site.location()}: use lax.scan, or lax.fori_loop with "
             "static start/stop."
         )
-
-
-class Remat(Call):
-    """Keep what the policy names and the operands; compute the rest again going backward."""
-
-    def keeps(self):
-        return "its operands and what its policy saves"
-
-    def prepare(self, site):
-        both = self.halves(site)
-        saved = _policy_saves(both.body, site.params["policy"])
-        n = len(site.in_avals)
-
-        def forward(*operands):
-            values = evaluate(both.body, operands, [*both.outs, *saved])
-            return values[: both.n_out], values[both.n_out :]
-
-        def backward(kept, saved_values, douts):
-            operands, saved_values = kept[:n], saved_values or []
-            if site.params["prevent_cse"]:
-                # Ties the second computation to the cotangents: without it XLA would find that it
-                # is the first one again, and keep everything after all.
-                operands, saved_values, douts = lax.optimization_barrier(
-                    (operands, saved_values, douts)
-                )
-            known = dict(zip(saved, saved_values))
-            new = evaluate(both.body, operands, both.new, known)
-            at = (*operands, *kept[n:])
-            return both.backward(both.leaves([at[i] for i in both.borrowed()], new), douts)
-
-        results = [i for i in both.borrowed() if i >= n]
-        if not results and not saved:
-            return Step(tuple(range(n)), backward)
-        return Step((*range(n), *results), backward, forward)
-
-
-def _policy_saves(body, policy):
-    """Variables of the forward body that a `jax.checkpoint` policy says to save."""
-    if policy is None:
-        return []
-    saved = []
-    for eqn in jc.open_jaxpr(body).eqns:
-        decision = policy(eqn.primitive, *[v.aval for v in eqn.invars], **eqn.params)
-        # True, or an object that says to save or offload; False and "recompute" are neither.
-        if decision and type(decision).__name__ != "RecomputeType":
-            saved.extend(v for v in eqn.outvars)
-    return saved
 
 
 class CustomJVP(Call):
@@ -324,7 +277,6 @@ RULES = [
     ],
     Cond(),
     While(),
-    Remat("remat2", "y = f(x);  f(x) again, then x̄ = fᵀ(ȳ)"),
     CustomJVP("custom_jvp_call", "y = f(x), ẏ = J ẋ as the user gave it;  x̄ = Jᵀ ȳ"),
     Custom("custom_vjp_call", "y, kept = fwd(x);  x̄ = bwd(kept, ȳ) as the user gave them"),
     Custom("linear_call", "y = f(r) x;  x̄ = transpose(r) ȳ as the user gave it"),

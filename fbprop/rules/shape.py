@@ -72,10 +72,9 @@ def _optimization_barrier(site, _, *dys):
 
 def _device_put(site, _, *dys):
     """Each cotangent goes back to where its operand came from, as far as that is known."""
-    host = jax.memory.Space.Host
     homes = [
-        host if src is None and getattr(a, "memory_space", None) == host else src
-        for src, a in zip(site.params["srcs"], site.in_avals)
+        a.memory_space if src is None and a.memory_space != out.memory_space else src
+        for src, a, out in zip(site.params["srcs"], site.in_avals, site.out_avals)
     ]
     return [
         dy if ct.is_zero(dy) or home is None else jax.device_put(dy, home)

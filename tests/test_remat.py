@@ -1,0 +1,122 @@
+"""`jax.checkpoint` and its policies: what is kept, where, and that the gradient stays the same."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+import fbprop
+
+X = jnp.array([0.3, 0.7, 1.1])
+POLICIES = jax.checkpoint_policies
+
+
+def named(x):
+    a = checkpoint_name(jnp.sin(x), "a")
+    return checkpoint_name(jnp.cos(a) * a, "b")
+
+
+def straight(x):
+    return jnp.sum(named(x))
+
+
+def loop(x):
+    return jnp.sum(jax.lax.scan(lambda c, _: (named(c), named(c * c)), x, None, length=2)[1])
+
+
+def branch(x):
+    def other(x):
+        return jnp.exp(checkpoint_name(x * x, "b"))
+
+    return jnp.sum(jax.lax.cond(x[0] > 0, named, other, x))
+
+
+def branch_in_loop(x):
+    def step(c, _):
+        y = jax.lax.cond(c[0] > 0.25, lambda x: jax.nn.silu(named(x)), jnp.exp, c)
+        return y, None
+
+    return jnp.sum(jax.lax.scan(step, x, None, length=3)[0])
+
+
+def offloaded(saved=(), away=("a",)):
+    return POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=away,
+        offload_src="device", offload_dst="pinned_host",
+    )
+
+
+def only(*names):
+    return POLICIES.save_only_these_names(*names)
+
+
+def kept(fun, policy):
+    """Sizes of what the pullback holds besides the argument, and in which memory."""
+    _, pullback = fbprop.vjp(jax.checkpoint(fun, policy=policy), X)
+    kinds = [(x.size, x.sharding.memory_kind) for x in jax.tree.leaves(pullback)]
+    kinds.remove((3, "device"))  # the argument
+    return sorted(kinds)
+
+
+@pytest.mark.parametrize("prevent_cse", [True, False])
+@pytest.mark.parametrize("policy", [
+    None, POLICIES.nothing_saveable, POLICIES.everything_saveable, only("a"), only("b"),
+    offloaded(), offloaded(("b",)),
+], ids=["none", "nothing", "everything", "a", "b", "a away", "b kept, a away"])
+@pytest.mark.parametrize("fun", [straight, loop, branch, branch_in_loop])
+def test_the_gradient_stays_the_same(fun, policy, prevent_cse):
+    again = jax.checkpoint(fun, policy=policy, prevent_cse=prevent_cse)
+    expected = jax.grad(fun)(X)
+    chex.assert_trees_all_close(jax.jit(fbprop.grad(again))(X), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize(("fun", "policy", "expected"), [
+    (straight, None, []),
+    (straight, only("a"), [(3, "device")]),
+    (straight, offloaded(), [(3, "pinned_host")]),
+    (straight, offloaded(("b",)), [(3, "pinned_host")]),  # no rule needs b again
+    (straight, POLICIES.everything_saveable, [(3, "device")] * 2),  # cos a, and a twice
+    (loop, None, []),
+    (loop, only("a"), [(6, "device")] * 2),
+    (loop, offloaded(), [(6, "pinned_host")] * 2),
+    (loop, offloaded(("b",)), [(6, "device"), *[(6, "pinned_host")] * 2]),  # b is the next carry
+    (branch, None, []),
+    (branch, only("b"), [(3, "device")]),  # b or x², in one slot
+    (branch, offloaded(("b",)), [(3, "device"), (3, "pinned_host")]),
+    (branch_in_loop, None, []),
+    (branch_in_loop, only("a"), [(9, "device")]),
+    (branch_in_loop, offloaded(), [(9, "pinned_host")]),
+])
+def test_what_the_policy_names_is_kept_and_no_more(fun, policy, expected):
+    assert kept(fun, policy) == expected
+
+
+@pytest.mark.parametrize(("policy", "sines"), [(None, 2), (only("a"), 1), (offloaded(), 1)])
+def test_what_is_saved_is_not_computed_again(policy, sines):
+    def gradient(x):
+        return fbprop.grad(jax.checkpoint(loop_of_sines, policy=policy))(x)
+
+    def loop_of_sines(x):
+        return jnp.sum(jax.lax.scan(
+            lambda c, _: (checkpoint_name(jnp.sin(c), "a") ** 2, None), x, None, length=2)[0])
+
+    assert str(jax.make_jaxpr(gradient)(X)).count(" sin ") == sines
+
+
+def test_dots_are_saved_inside_a_loop():
+    def fun(w, x):
+        return jnp.sum(jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0])
+
+    w, policy = jnp.eye(3) * 0.5, POLICIES.dots_saveable
+    _, pullback = fbprop.vjp(jax.checkpoint(fun, policy=policy), w, X)
+    assert sorted(x.size for x in jax.tree.leaves(pullback)) == [3, 9, 15]
+
+
+def test_a_second_derivative_through_what_was_offloaded():
+    def product(fun):
+        return lambda x: jnp.vdot(fbprop.grad(fun)(x), jnp.cos(x))
+
+    again = jax.checkpoint(straight, policy=offloaded())
+    expected = jax.grad(product(straight))(X)
+    chex.assert_trees_all_close(jax.jit(fbprop.grad(product(again)))(X), expected, rtol=1e-12)
