@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.jaxcompat import zeros
+from fbprop.jaxcompat import sharded_like, zeros
 
 
 @jax.tree_util.register_static
@@ -64,6 +64,7 @@ def fit(ct, aval, site, rule, operand):
     `None` becomes `ZERO`. Where the rule declares that its primitive broadcasts, the dimensions
     that were expanded are summed. Precision is adjusted only where the primitive itself changes
     it (a float16 operand with a float32 result); any other mismatch is an error in the rule.
+    Where shardings are a part of types, it gets its operand's.
     """
     if ct is None or is_zero(ct):
         return ZERO
@@ -79,7 +80,7 @@ def fit(ct, aval, site, rule, operand):
             f"expected {aval.dtype.name}{list(aval.shape)} for operand {operand} of {site.name!r}"
             f"{site.location()}: mend its rule ({rule.where})."
         )
-    return ct
+    return sharded_like(ct, aval)
 
 
 def unbroadcast(ct, shape):

@@ -159,10 +159,35 @@ def varying_axes(aval):
 
 
 def zeros(aval):
-    """Zeros of exactly this type, which includes the axes they vary over and the memory."""
+    """Zeros of exactly this type: axes they vary over, explicit sharding and memory included."""
     value = varying_like(jax.numpy.zeros(aval.shape, aval.dtype), aval)
+    value = sharded_like(value, aval)
     space = getattr(aval, "memory_space", jax.memory.Space.Device)
     return value if space == jax.memory.Space.Device else jax.device_put(value, space)
+
+
+def explicit_sharding(aval, order=None):
+    """The sharding that is part of this type (mesh axes of type Explicit), or None.
+
+    Args:
+      order: the sharding of the array with its dimensions in this order.
+    """
+    sharding = getattr(aval, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return None
+    if order is None:
+        return sharding
+    spec = jax.sharding.PartitionSpec(*(sharding.spec[d] for d in order))
+    return jax.sharding.NamedSharding(mesh, spec)
+
+
+def sharded_like(value, aval):
+    """The value with the sharding that this type prescribes, if it does."""
+    sharding = explicit_sharding(aval)
+    if sharding is None or jax.typeof(value).sharding == sharding:
+        return value
+    return jax.sharding.reshard(value, sharding)
 
 
 def varying_like(value, *others):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from jax import lax
 
+from fbprop.jaxcompat import explicit_sharding
 from fbprop.rule import pair, rule
 
 
@@ -25,7 +26,7 @@ def _consecutive(dims):
     return len(dims) > 1 and dims == list(range(dims[0], dims[0] + len(dims)))
 
 
-def _cotangent(dy, other, mine, theirs, dy_free, **options):
+def _cotangent(aval, dy, other, mine, theirs, dy_free, **options):
     """ȳ contracted with the other operand over what only that one brought into the result.
 
     Which order of the factors, and whether the contracted dimensions are made one first, is
@@ -35,6 +36,8 @@ def _cotangent(dy, other, mine, theirs, dy_free, **options):
     float32). A layer forward and backward takes .69 of `jax.grad`'s time, at 256 -> 1024.
 
     Args:
+      aval: the type of the operand whose cotangent this is. An explicit sharding in it is asked
+        for, as a product over a sharded dimension has none of its own.
       mine, theirs: (contracted, batch) dimensions of the operand whose cotangent this is, and of
         the other.
       dy_free: where the other's free dimensions are in ``dy``.
@@ -48,30 +51,33 @@ def _cotangent(dy, other, mine, theirs, dy_free, **options):
     left = [contracted[i] for i in np.argsort(contracted_other)]
     dy = dy, dy_free, list(range(n_batch))
     other = other, _free(other.ndim, contracted_other, batch_other), list(batch_other)
-    if _consecutive(dy_free) and _consecutive(other[1]):
+    sharded = explicit_sharding(aval) is not None
+    if not sharded and _consecutive(dy_free) and _consecutive(other[1]):
         dy, other = _merged(*dy), _merged(*other)
     order = [*batch, *left, *free]
     factors = (other, dy)
     if order != sorted(order):
         order, factors = [*batch, *free, *left], (dy, other)
     (x, over_x, batch_x), (y, over_y, batch_y) = factors
+    if sharded:
+        options["out_sharding"] = explicit_sharding(aval, order)
     out = lax.dot_general(x, y, ((over_x, over_y), (batch_x, batch_y)), **options)
     return out if order == sorted(order) else lax.transpose(out, np.argsort(order))
 
 
-def _dot_general_a(dy, b, *, dimension_numbers, precision, preferred_element_type):
+def _dot_general_a(dy, b, *, a_aval, dimension_numbers, precision, preferred_element_type):
     (ca, cb), (ba, bb) = dimension_numbers
     b_free = b.ndim - len(cb) - len(bb)
     return _cotangent(
-        dy, b, (ca, ba), (cb, bb), list(range(dy.ndim - b_free, dy.ndim)),
+        a_aval, dy, b, (ca, ba), (cb, bb), list(range(dy.ndim - b_free, dy.ndim)),
         precision=precision, preferred_element_type=preferred_element_type,
     )
 
 
-def _dot_general_b(dy, a, *, dimension_numbers, precision, preferred_element_type):
+def _dot_general_b(dy, a, *, b_aval, dimension_numbers, precision, preferred_element_type):
     (ca, cb), (ba, bb) = dimension_numbers
     return _cotangent(
-        dy, a, (cb, bb), (ca, ba), list(range(len(ba), a.ndim - len(ca))),
+        b_aval, dy, a, (cb, bb), (ca, ba), list(range(len(ba), a.ndim - len(ca))),
         precision=precision, preferred_element_type=preferred_element_type,
     )
 

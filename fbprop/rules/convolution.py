@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.jaxcompat import bind, varying_like
+from fbprop.fallback import jax_step
+from fbprop.jaxcompat import bind, explicit_sharding, varying_like
 from fbprop.rule import Pair
 
 CHUNK_BYTES = 1 << 19  # of operand and result, per step of a loop over images
@@ -57,9 +58,11 @@ class Convolution(Pair):
     """
 
     def formulation(self, site):
-        return _Problem(site).chosen
+        return "jax.vjp" if _in_types(site) else _Problem(site).chosen
 
     def prepare(self, site):
+        if _in_types(site):
+            return jax_step(site)
         step, problem = super().prepare(site), _Problem(site)
         if problem.batch_groups > 1 or (problem.chosen == "convolution" and problem.ordinary):
             return step
@@ -70,6 +73,11 @@ class Convolution(Pair):
             return [y], ()
 
         return step._replace(forward=forward)
+
+
+def _in_types(site):
+    """Whether shardings are part of the types: what is convolved then has one to be chosen."""
+    return any(map(explicit_sharding, site.in_avals))
 
 
 class _Problem:

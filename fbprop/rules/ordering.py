@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.jaxcompat import sharded_like
 from fbprop.rule import Rule, Step, broadcasting, pair
 
 
@@ -35,6 +36,7 @@ class Sort(Rule):
 
         def forward(*operands):
             index = lax.broadcasted_iota(jnp.int32, shape, dimension)
+            index = sharded_like(index, site.in_avals[0])
             *results, index = lax.sort((*operands, index), **site.params)
             return results, index
 
