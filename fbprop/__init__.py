@@ -3,6 +3,7 @@
 from fbprop import data, nn, optim, train
 from fbprop.check import CheckFailed, Report, check
 from fbprop.cotangent import ZERO, CotangentError
+from fbprop.factored import Contraction, Rows
 from fbprop.reverse import Pullback, grad, value_and_grad, vjp
 from fbprop.rule import Rule, broadcasting, elementwise, linear, no_gradient, pair, rule
 from fbprop.rules import register, table
@@ -13,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ZERO",
     "CheckFailed",
+    "Contraction",
     "CotangentError",
     "MissingRule",
     "Pullback",
     "Report",
+    "Rows",
     "Rule",
     "Table",
     "broadcasting",

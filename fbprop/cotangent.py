@@ -1,7 +1,8 @@
 """Cotangents as the engine carries them, and the boundary every rule's result crosses.
 
-A cotangent is `ZERO` (nothing flows) or an array of its value's shape and dtype. Unbroadcasting,
-precision, shape and dtype checks are done here, once, so that no rule has to.
+A cotangent is `ZERO` (nothing flows), an array of its value's shape and dtype, or, where that is
+welcome, one of the unevaluated forms of `fbprop.factored`. Unbroadcasting, precision, shape and
+dtype checks are done here, once, so that no rule has to.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.factored import Factored
 from fbprop.jaxcompat import sharded_like, zeros
 
 
@@ -38,12 +40,21 @@ def add(a, b):
     """Sum of two cotangents of one value."""
     if is_zero(a):
         return b
-    return a if is_zero(b) else lax.add(a, b)
+    if is_zero(b):
+        return a
+    if isinstance(a, Factored):
+        return a.add_to(evaluated(b))
+    return b.add_to(a) if isinstance(b, Factored) else lax.add(a, b)
+
+
+def evaluated(ct):
+    """The cotangent, an array if it is not `ZERO`."""
+    return ct.dense() if isinstance(ct, Factored) else ct
 
 
 def dense(ct, aval):
     """The cotangent as an array."""
-    return zeros(aval) if is_zero(ct) else ct
+    return zeros(aval) if is_zero(ct) else evaluated(ct)
 
 
 class CotangentError(TypeError):
@@ -68,6 +79,10 @@ def fit(ct, aval, site, rule, operand):
     """
     if ct is None or is_zero(ct):
         return ZERO
+    if isinstance(ct, Factored):
+        if (ct.shape, ct.dtype) == (aval.shape, aval.dtype):
+            return ct
+        ct = ct.dense()
     shape, dtype = jnp.shape(ct), jnp.result_type(ct)
     if rule.broadcasts and shape != aval.shape:
         ct = unbroadcast(ct, aval.shape)

@@ -62,21 +62,27 @@ class Plan:
       steps: per equation, None (only evaluate it) or (site, rule, step).
       keep: the variables kept, each once however many rules ask for it.
       reached: per input, whether it can get a cotangent.
+      factored: the variables whose cotangents may stay unevaluated: the inputs for which the
+        caller said so, and the results of equations whose rules take them.
     """
 
-    def __init__(self, flow: Flow, wanted: tuple[bool, ...]):
+    def __init__(self, flow: Flow, wanted: tuple[bool, ...], factored: tuple[bool, ...] = ()):
         self.jaxpr, self.wanted = flow.jaxpr, wanted
         body = jc.open_jaxpr(flow.jaxpr)
         reached = flow.reach(wanted)
         self.reached = tuple(v in reached for v in body.invars)
         self.active_out = flow.active_out
         self.steps: list[tuple[Site, object, Step] | None] = []
+        self.factored = {v for v, f in zip(body.invars, factored) if f}
         keep = {}
         for eqn, found in zip(body.eqns, flow.sites):
             if not found or not any(found[0].wanted):
                 self.steps.append(None)
                 continue
             site, rule = found
+            if rule.takes_factored:
+                self.factored.update(eqn.outvars)
+            site.factored = tuple(jc.is_var(v) and v in self.factored for v in eqn.invars)
             step = rule.prepare(site)
             atoms = (*eqn.invars, *eqn.outvars)
             keep.update((atoms[i], None) for i in step.keep if jc.is_var(atoms[i]))
@@ -114,16 +120,17 @@ class Engine(NamedTuple):
     def flow(self, jaxpr, active, path="") -> Flow:
         return _flow(self, jaxpr, tuple(active), self.shared_path(path))
 
-    def plan(self, jaxpr, active, wanted, path="") -> Plan:
+    def plan(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
         """The plan of an inner jaxpr, remembered: a loop body is differentiated once."""
+        shared = self.shared_path(path)
         try:
-            return _plan(self, jaxpr, tuple(active), tuple(wanted), self.shared_path(path))
+            return _plan(self, jaxpr, tuple(active), tuple(wanted), shared, tuple(factored))
         except MissingRule:
             return self.plan_once(jaxpr, active, wanted, path)  # for the full path in the message
 
-    def plan_once(self, jaxpr, active, wanted, path="") -> Plan:
+    def plan_once(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
         """The plan of a jaxpr that will not be met again."""
-        return Plan(Flow(self, jaxpr, active, path), wanted)
+        return Plan(Flow(self, jaxpr, active, path), wanted, factored)
 
     def forward(self, plan: Plan, args) -> tuple[list, Kept]:
         """Evaluate the jaxpr; returns its results and what the backward sweep needs."""
@@ -147,7 +154,10 @@ class Engine(NamedTuple):
         return outs, Kept(tuple(env[v] for v in plan.keep), tuple(extras))
 
     def backward(self, plan: Plan, kept: Kept, cotangents) -> list:
-        """Cotangents of the jaxpr's inputs, `ct.ZERO` where nothing flows."""
+        """Cotangents of the jaxpr's inputs, `ct.ZERO` where nothing flows.
+
+        They are arrays, or `Factored` where the plan says that these are welcome.
+        """
         body = jc.open_jaxpr(plan.jaxpr)
         values, extras = dict(zip(plan.keep, kept.values)), list(kept.extras)
         acc: dict = {}
@@ -167,6 +177,7 @@ class Engine(NamedTuple):
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):
                     if jc.is_var(v) and not ct.is_zero(din):
+                        din = din if v in plan.factored else ct.evaluated(din)
                         acc[v] = ct.add(acc.get(v, ct.ZERO), din)
         return [acc.get(v, ct.ZERO) for v in body.invars]
 
@@ -208,5 +219,5 @@ def _flow(engine, jaxpr, active, path):
 
 
 @functools.lru_cache(2048)
-def _plan(engine, jaxpr, active, wanted, path):
-    return Plan(Flow(engine, jaxpr, active, path), wanted)
+def _plan(engine, jaxpr, active, wanted, path, factored):
+    return Plan(Flow(engine, jaxpr, active, path), wanted, factored)

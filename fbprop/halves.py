@@ -28,12 +28,13 @@ class Halves:
 
     Args:
       engine: the sweeps.
-      jaxpr: closed inner jaxpr; active: per input; wanted: per output; path: enclosing scopes.
+      jaxpr: closed inner jaxpr; active: per input; wanted: per output; path: enclosing scopes;
+        factored: per input, whether its cotangent may be unevaluated.
     """
 
-    def __init__(self, engine, jaxpr, active, wanted, path=""):
+    def __init__(self, engine, jaxpr, active, wanted, path="", factored=()):
         self.engine = engine
-        self.plan = engine.plan(inlined(jaxpr, engine.table), active, wanted, path)
+        self.plan = engine.plan(inlined(jaxpr, engine.table), active, wanted, path, factored)
         self.n_out = len(wanted)
 
         def forward(*args):
@@ -48,7 +49,8 @@ class Halves:
         for kind, atoms in (("out", self.outs), ("in", body.invars)):
             known.update((v, Source(kind, i)) for i, v in enumerate(atoms) if jc.is_var(v))
         self.new, self.sources = [], []
-        for v in leaves:
+        self._leaves, self.stored = leaves, _stored(body, leaves, known)
+        for v in self.stored:
             if not jc.is_var(v) or v not in known:
                 source = Source("new", len(self.new))
                 self.new.append(v)
@@ -85,17 +87,34 @@ class Halves:
 
     def backward(self, leaves, douts):
         """Cotangents of the inputs, from kept leaves and cotangents of the results."""
+        known = {v: x for v, x in zip(self.stored, leaves) if jc.is_var(v)}
+        leaves = evaluate(self.body, (), self._leaves, known)
         return self.engine.backward(self.plan, tree_unflatten(self.tree, leaves), douts)
 
 
-def halves(engine, jaxpr, active, wanted, path="") -> Halves:
+def _stored(body, leaves, outside):
+    """The leaves without those that are another one plus, minus or times a constant.
+
+    A gate z and 1 − z, in every gated unit: the second is computed again, unless it exists outside.
+    """
+    kept, again = {v for v in leaves if jc.is_var(v)}, set()
+    for eqn in body.eqns:
+        operands = [v for v in eqn.invars if jc.is_var(v)]
+        if eqn.primitive.name in ("add", "mul", "neg", "sub") and len(operands) == 1:
+            again.update(v for v in eqn.outvars if operands[0] in kept and v not in outside)
+    return [v for v in leaves if not jc.is_var(v) or v not in again]
+
+
+def halves(engine, jaxpr, active, wanted, path="", factored=()) -> Halves:
     """`Halves`, remembered: the same inner jaxpr is differentiated, and compiled, once."""
-    return _halves(engine, jaxpr, tuple(active), tuple(wanted), engine.shared_path(path))
+    return _halves(
+        engine, jaxpr, tuple(active), tuple(wanted), engine.shared_path(path), tuple(factored)
+    )
 
 
 @functools.lru_cache(1024)
-def _halves(engine, jaxpr, active, wanted, path):
-    return Halves(engine, jaxpr, active, wanted, path)
+def _halves(*key):
+    return Halves(*key)
 
 
 def evaluate(jaxpr, args, want, known=None, bind=jc.bind):

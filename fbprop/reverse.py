@@ -14,6 +14,7 @@ from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 from fbprop import cotangent as ct
 from fbprop import rules as _rules
 from fbprop.engine import Engine
+from fbprop.factored import Factored
 from fbprop.jaxcompat import differentiable, out_avals
 from fbprop.table import Table
 
@@ -24,6 +25,7 @@ def vjp(
     has_aux: bool = False,
     rules: Table | None = None,
     fallback: str | None = None,
+    factored: bool = False,
 ):
     """Value of a function and its pullback, as `jax.vjp`, by fbprop's table of rules.
 
@@ -37,6 +39,8 @@ def vjp(
       has_aux: ``fun`` returns ``(out, aux)``, of which only ``out`` is differentiated.
       rules: the table of rules; default `fbprop.table` with what was registered.
       fallback: ``"jax"`` lets JAX differentiate primitives that have no rule; None: they raise.
+      factored: cotangents that are products of two factors, or a few rows of a table, come back as
+        such, `fbprop.Contraction` and `fbprop.Rows`, in place of arrays; False: as arrays.
 
     Returns:
       ``(out, pullback)``, or ``(out, pullback, aux)``. ``pullback`` maps a cotangent with the
@@ -64,7 +68,7 @@ def vjp(
     in_avals, avals = [jax.typeof(x) for x in leaves], out_avals(jaxpr)[:n_out]
     active = tuple(differentiable(a) for a in in_avals)
     wanted = tuple(i < n_out for i in range(len(out_avals(jaxpr))))
-    plan = engine.plan_once(jaxpr, active, wanted)
+    plan = engine.plan_once(jaxpr, active, wanted, factored=(factored,) * len(active))
     outs, kept = engine.forward(plan, leaves)
     outs = [y if isinstance(y, jax.Array) else jnp.asarray(y) for y in outs]  # constants
     pullback = Pullback(kept, (engine, plan, in_tree, out_tree, tuple(in_avals), tuple(avals)))
@@ -197,7 +201,7 @@ def _checked_cotangent(d, aval):
 
 def _boundary(d, aval):
     if differentiable(aval):
-        return ct.dense(d, aval)
+        return d if isinstance(d, Factored) else ct.dense(d, aval)
     return np.zeros(aval.shape, float0)
 
 
@@ -210,6 +214,7 @@ def value_and_grad(
     *,
     rules: Table | None = None,
     fallback: str | None = None,
+    factored: bool = False,
 ) -> Callable:
     """A function that returns ``fun``'s value and gradient, as `jax.value_and_grad`.
 
@@ -219,7 +224,7 @@ def value_and_grad(
       has_aux: ``fun`` returns ``(scalar, aux)``; the result is then ``((scalar, aux), gradient)``.
       holomorphic: ``fun`` is holomorphic; inputs and output are complex.
       allow_int: accept integer and boolean inputs, whose gradient is of dtype float0.
-      rules, fallback: see `vjp`.
+      rules, fallback, factored: see `vjp`.
 
     Returns:
       A function of ``fun``'s arguments returning ``(value, gradient)``; the gradient has the
@@ -256,7 +261,8 @@ def value_and_grad(
         for leaf in tree_leaves(primals):
             _check_input(_as_value(leaf).dtype, holomorphic, allow_int)
         value, pullback, *aux = vjp(
-            of_chosen, *primals, has_aux=has_aux, rules=rules, fallback=fallback
+            of_chosen, *primals, has_aux=has_aux, rules=rules, fallback=fallback,
+            factored=factored,
         )
         gradient = pullback(_one(value, holomorphic))
         return (value, *aux) if has_aux else value, gradient if several else gradient[0]
@@ -273,6 +279,7 @@ def grad(
     *,
     rules: Table | None = None,
     fallback: str | None = None,
+    factored: bool = False,
 ) -> Callable:
     """A function that returns ``fun``'s gradient, as `jax.grad`; see `value_and_grad`.
 
@@ -285,7 +292,8 @@ def grad(
       1.0
     """
     both = value_and_grad(
-        fun, argnums, has_aux, holomorphic, allow_int, rules=rules, fallback=fallback
+        fun, argnums, has_aux, holomorphic, allow_int, rules=rules, fallback=fallback,
+        factored=factored,
     )
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))

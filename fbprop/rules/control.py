@@ -39,7 +39,9 @@ class Call(Rule):
         return tuple(v in reached for v in jc.open_jaxpr(self.inner(site)).invars)
 
     def halves(self, site):
-        return halves(site.engine, self.inner(site), site.active, site.wanted, site.path)
+        return halves(
+            site.engine, self.inner(site), site.active, site.wanted, site.path, site.factored
+        )
 
     def prepare(self, site):
         both = self.halves(site)

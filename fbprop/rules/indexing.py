@@ -13,6 +13,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.factored import Rows
 from fbprop.rule import Rule, Step, pair, rule
 
 
@@ -61,10 +62,10 @@ def _gather(dy, indices, *, x_aval, dimension_numbers, indices_are_sorted, uniqu
         operand_batching_dims=dimension_numbers.operand_batching_dims,
         scatter_indices_batching_dims=dimension_numbers.start_indices_batching_dims,
     )
-    return lax.scatter_add(
-        jnp.zeros(x_aval.shape, dy.dtype), indices, dy, numbers,
-        indices_are_sorted=indices_are_sorted, unique_indices=unique_indices, mode=mode,
-    )
+    options = {
+        "indices_are_sorted": indices_are_sorted, "unique_indices": unique_indices, "mode": mode
+    }
+    return Rows(indices, dy, x_aval.shape, numbers, options)
 
 
 def _added(site, kept, dy):

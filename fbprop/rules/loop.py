@@ -17,6 +17,7 @@ from fbprop import cotangent as ct
 from fbprop import jaxcompat as jc
 from fbprop.halves import Halves, depends_on, evaluate, inlined
 from fbprop.rule import Rule, Step
+from fbprop.rules.sweep import Sweep
 
 
 class Scan(Rule):
@@ -96,9 +97,12 @@ class Loop:
 
     def __init__(self, engine, jaxpr, active, wanted, sizes, length, reverse, unroll, path):
         self.n_consts, self.n_carry = sizes
-        self.options = {"length": length, "unroll": unroll}
-        self.reverse = reverse
-        self.both = both = Halves(engine, inlined(jaxpr, engine.table), active, wanted, path)
+        self.length, self.unroll, self.reverse = length, unroll, reverse
+        n_xs = len(jc.in_avals(jaxpr)) - sum(sizes)
+        factored = (True,) * self.n_consts + (False,) * self.n_carry + (True,) * n_xs
+        self.both = both = Halves(
+            engine, inlined(jaxpr, engine.table), active, wanted, path, factored
+        )
         self.wanted_carry = wanted[: self.n_carry]
         self.in_avals = jc.in_avals(jaxpr)
         self.n_in = len(self.in_avals)
@@ -153,7 +157,8 @@ class Loop:
             return outs[: self.n_carry], (outs[self.n_carry :], kept)
 
         carry, (ys, stacked) = lax.scan(
-            body, list(init), list(xs), reverse=self.reverse, **self.options
+            body, list(init), list(xs), length=self.length, reverse=self.reverse,
+            unroll=self.unroll,
         )
         return [*carry, *ys], (once, stacked)
 
@@ -162,36 +167,16 @@ class Loop:
 
     def _run_backward(self, kept, extra, douts):
         a, b = self.n_consts, self.n_consts + self.n_carry
-        once, stacked = extra
         outer = dict(zip(self.keep, kept))
-        whole = {i: v for i, v in outer.items() if i < a}
-        sliced = {i: v for i, v in outer.items() if i >= a}
-        avals = self.in_avals
+        source = {"once": extra[0], "stacked": extra[1], "outer": outer}
+        leaves = [source[kind][i] for kind, i in self.slots]
+        stepping = [kind == "stacked" or (kind == "outer" and i >= a) for kind, i in self.slots]
         dcarry = [
             ct.dense(d, v) if w else ct.ZERO
-            for d, v, w in zip(douts, avals[a:b], self.wanted_carry)
+            for d, v, w in zip(douts, self.in_avals[a:b], self.wanted_carry)
         ]
-        dconsts = [ct.dense(ct.ZERO, v) if r else ct.ZERO for v, r in zip(avals[:a], self.reached)]
-
-        def body(state, step):
-            dcarry, dconsts = state
-            dys, stacked, sliced = step
-            source = {"once": once, "stacked": stacked, "outer": whole | sliced}
-            leaves = [source[kind][i] for kind, i in self.slots]
-            dins = self.both.backward(leaves, [*dcarry, *dys])
-            dconsts = [ct.add(total, d) for total, d in zip(dconsts, dins[:a])]
-            dcarry = [
-                ct.dense(d, v) if w else ct.ZERO
-                for d, v, w in zip(dins[a:b], avals[a:b], self.wanted_carry)
-            ]
-            dxs = [ct.dense(d, v) if r else ct.ZERO
-                   for d, v, r in zip(dins[b:], avals[b:], self.reached[b:])]
-            return (dcarry, dconsts), dxs
-
-        (dcarry, dconsts), dxs = lax.scan(
-            body, (dcarry, dconsts), (douts[self.n_carry :], stacked, sliced),
-            reverse=not self.reverse, **self.options,
-        )
+        sweep = Sweep(self, leaves, stepping, dcarry, douts[self.n_carry :])
+        dconsts, dcarry, dxs = sweep.run(dcarry)
         dcarry = [d if r else ct.ZERO for d, r in zip(dcarry, self.reached[a:b])]
         return [*dconsts, *dcarry, *dxs]
 

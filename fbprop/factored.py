@@ -1,0 +1,183 @@
+"""Cotangents carried unevaluated: products of two factors, and a few rows of a table.
+
+A weight's cotangent is a contraction of its input with the cotangent of its output; a table's is
+zero but for the rows that were looked up. A rule may return either form. It is evaluated at once
+unless whoever gets it has said that it takes factors: a loop, which does one product for many
+steps instead of a small one, and a full-size sum, per step; a rule that can do with the rows alone;
+a user who asked for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Factored:
+    """Base of the two forms: ``shape``, ``dtype``, ``dense()`` and ``add_to(array)``."""
+
+    def __repr__(self):
+        return f"<{type(self).__name__} {jnp.dtype(self.dtype).name}{list(self.shape)}>"
+
+    def add_to(self, total: jax.Array) -> jax.Array:
+        """``total`` and this."""
+        return lax.add(total, self.dense())
+
+
+@jax.tree_util.register_pytree_node_class
+class Contraction(Factored):
+    """The product of two arrays summed over some of their dimensions, not yet done.
+
+    Attributes:
+      x, y: the factors.
+      over: dimensions of x, and of y, that are summed over.
+      batch: dimensions of x, and of y, that they share.
+      order: the product has the batch dimensions, then the remaining ones of x, then of y;
+        dimension i of it is dimension ``order[i]`` of the cotangent.
+      options: of `jax.lax.dot_general`.
+
+    Example:
+      >>> import fbprop, jax.numpy as jnp
+      >>> x, w = jnp.ones((5, 2)), jnp.ones((2, 3))
+      >>> _, pullback = fbprop.vjp(lambda w: x @ w, w, factored=True)
+      >>> (dw,) = pullback(jnp.ones((5, 3)))
+      >>> dw.x.shape, dw.y.shape, dw.dense().tolist()
+      ((5, 2), (5, 3), [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]])
+    """
+
+    def __init__(self, x, y, over, batch, order: Sequence[int], options: dict[str, Any]):
+        self.x, self.y, self.over, self.batch = x, y, _frozen(over), _frozen(batch)
+        self.order, self.options = tuple(order), options
+
+    def tree_flatten(self):
+        return (self.x, self.y), (self.over, self.batch, self.order, tuple(self.options.items()))
+
+    @classmethod
+    def tree_unflatten(cls, static, factors):
+        *dims, options = static
+        return cls(*factors, *dims, dict(options))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = [self.x.shape[d] for d in self.batch[0]]
+        sizes += [f.shape[d] for i, f in enumerate((self.x, self.y)) for d in self._free(i)]
+        return tuple(sizes[i] for i in np.argsort(self.order))
+
+    @property
+    def dtype(self):
+        preferred = self.options.get("preferred_element_type")
+        return jnp.dtype(preferred or jnp.promote_types(self.x.dtype, self.y.dtype))
+
+    def _free(self, i):
+        used = (*self.over[i], *self.batch[i])
+        return [d for d in range((self.x, self.y)[i].ndim) if d not in used]
+
+    def dense(self) -> jax.Array:
+        """The cotangent as an array.
+
+        Summed dimensions that follow one another are made one first, where shardings do not forbid
+        it: x̄ᵀȳ over 4096 = 16 · 256 positions to 256 x 1024 takes 21 ms that way, 22 ms over two
+        dimensions, because XLA copies x then (one core, float32).
+        """
+        x, y = (self.x, self.over[0], self.batch[0]), (self.y, self.over[1], self.batch[1])
+        if "out_sharding" not in self.options and all(map(_consecutive, self.over)):
+            x, y = _merged(*x), _merged(*y)
+        (x, over_x, batch_x), (y, over_y, batch_y) = x, y
+        out = lax.dot_general(x, y, ((over_x, over_y), (batch_x, batch_y)), **self.options)
+        in_order = list(self.order) == sorted(self.order)
+        return out if in_order else lax.transpose(out, np.argsort(self.order))
+
+    def over_steps(self, x, y) -> Contraction:
+        """The sum of this contraction over the first axis, which both x and y have besides."""
+        over = [(0, *_shifted(dims)) for dims in self.over]
+        batch = [_shifted(dims) for dims in self.batch]
+        return Contraction(x, y, over, batch, self.order, self.options)
+
+    def each_step(self, x, y, which: int) -> Contraction:
+        """This contraction for every index of the first axis, which x (0) or y (1) has besides."""
+        over, batch = [[*dims] for dims in self.over], [[*dims] for dims in self.batch]
+        over[which], batch[which] = _shifted(over[which]), _shifted(batch[which])
+        # In the product, the new axis is the first of the remaining ones of its factor.
+        at = len(batch[0]) + which * (x.ndim - len(over[0]) - len(batch[0]))
+        order = [d + 1 for d in self.order]
+        return Contraction(x, y, over, batch, [*order[:at], 0, *order[at:]], self.options)
+
+
+@jax.tree_util.register_pytree_node_class
+class Rows(Factored):
+    """Zeros but for ``values`` added at ``indices``: what looking up a few rows of a table leaves.
+
+    Attributes:
+      indices, values: as `jax.lax.scatter_add` takes them.
+      shape: of the cotangent.
+      numbers: `jax.lax.ScatterDimensionNumbers`.
+      options: of `jax.lax.scatter_add`.
+
+    Example:
+      >>> import fbprop, jax.numpy as jnp
+      >>> _, pullback = fbprop.vjp(lambda t: t[jnp.array([1, 1])], jnp.ones((3, 2)), factored=True)
+      >>> (rows,) = pullback(jnp.ones((2, 2)))
+      >>> rows.values.shape, rows.dense().tolist()
+      ((2, 2), [[0.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
+    """
+
+    def __init__(self, indices, values, shape, numbers, options: dict[str, Any]):
+        self.indices, self.values, self.shape = indices, values, tuple(shape)
+        self.numbers, self.options = numbers, options
+
+    def tree_flatten(self):
+        static = self.shape, self.numbers, tuple(self.options.items())
+        return (self.indices, self.values), static
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        *static, options = static
+        return cls(*arrays, *static, dict(options))
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def dense(self) -> jax.Array:
+        """The cotangent as an array."""
+        return self.add_to(jnp.zeros(self.shape, self.values.dtype))
+
+    def add_to(self, total):
+        return lax.scatter_add(total, self.indices, self.values, self.numbers, **self.options)
+
+    def over_steps(self, indices, values) -> Rows:
+        """The sum over the first axis, which both arrays have besides."""
+        numbers = self.numbers
+        numbers = lax.ScatterDimensionNumbers(
+            tuple(_shifted(numbers.update_window_dims)), numbers.inserted_window_dims,
+            numbers.scatter_dims_to_operand_dims, numbers.operand_batching_dims,
+            tuple(_shifted(numbers.scatter_indices_batching_dims)),
+        )
+        # What is in order, or unique, within a step need not be so across steps.
+        options = self.options | {"indices_are_sorted": False, "unique_indices": False}
+        return Rows(indices, values, self.shape, numbers, options)
+
+
+def _frozen(pair):
+    return tuple(tuple(int(d) for d in dims) for dims in pair)
+
+
+def _shifted(dims):
+    return [d + 1 for d in dims]
+
+
+def _consecutive(dims):
+    return len(dims) > 1 and list(dims) == list(range(dims[0], dims[0] + len(dims)))
+
+
+def _merged(x, over, batch):
+    """``x`` with its summed dimensions as one, and where these and the batch are then."""
+    first, n = over[0], len(over)
+    shape = (*x.shape[:first], math.prod(x.shape[d] for d in over), *x.shape[first + n :])
+    return lax.reshape(x, shape), [first], [d if d < first else d - n + 1 for d in batch]

@@ -1,0 +1,159 @@
+"""Cotangents carried unevaluated: what they are worth, and what loops do with them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import fbprop
+
+KEYS = jax.random.split(jax.random.key(0), 5)
+
+
+def draw(i, *shape):
+    return jax.random.normal(KEYS[i], shape)
+
+
+PRODUCTS = {
+    "matrix": ("bi,ij->bj", (5, 2), (2, 3)),
+    "rank 3": ("bti,ij->btj", (2, 3, 5), (5, 2)),
+    "batch": ("nij,njk->nik", (2, 3, 5), (2, 5, 7)),
+    "order": ("bi,jik->kbj", (5, 2), (3, 2, 7)),
+    "scalar": ("i,i->", (5,), (5,)),
+}
+
+
+@pytest.mark.parametrize(("numbers", "x", "w"), PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_gives_its_factors(numbers, x, w):
+    x, w = draw(0, *x), draw(1, *w)
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(jnp.einsum(numbers, x, w)))
+
+    gradient = jax.jit(fbprop.grad(loss, (0, 1), factored=True))(x, w)
+    assert [type(d) for d in gradient] == [fbprop.Contraction] * 2
+    assert [(d.shape, d.dtype) for d in gradient] == [(a.shape, a.dtype) for a in (x, w)]
+    chex.assert_trees_all_close(
+        tuple(d.dense() for d in gradient), jax.grad(loss, (0, 1))(x, w), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_looked_up_rows_come_as_rows():
+    table, at = draw(0, 7, 3), jnp.array([2, 5, 2])
+    gradient = fbprop.grad(lambda t: jnp.sum(t[at] ** 2), factored=True)(table)
+    assert type(gradient) is fbprop.Rows
+    assert gradient.values.shape == (3, 3)
+    expected = jax.grad(lambda t: jnp.sum(t[at] ** 2))(table)
+    chex.assert_trees_all_close(gradient.dense(), expected, rtol=1e-6)
+    chex.assert_trees_all_close(gradient.add_to(table), table + expected, rtol=1e-6)
+    assert repr(gradient) == "<Rows float32[7, 3]>"
+
+
+def test_sums_and_other_cotangents_are_arrays():
+    w, at = draw(0, 3, 3), jnp.array([0, 2])
+    both = fbprop.grad(lambda w: jnp.sum(w[at] @ w), factored=True)(w)
+    chex.assert_trees_all_close(both, jax.grad(lambda w: jnp.sum(w[at] @ w))(w), rtol=1e-6)
+    assert isinstance(fbprop.grad(lambda w: jnp.sum(jnp.sin(w)), factored=True)(w), jax.Array)
+
+
+def test_arrays_by_default():
+    assert isinstance(fbprop.grad(lambda w: jnp.sum(w @ w))(draw(0, 3, 3)), jax.Array)
+
+
+# Loops, of x and h -> h, y: what each of their products is made of.
+def recurrent(p, h, x):
+    h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+    return h, h
+
+
+def twice(p, h, x):
+    h = jnp.tanh(h @ p["u"] + jnp.sin(x @ p["w"]) @ p["u"])
+    return h, h
+
+
+def transposed(p, h, x):
+    h = jnp.tanh(jnp.einsum("ij,bj->bi", p["u"], h) + x @ p["w"])
+    return h, x
+
+
+def looked_up(p, h, x):
+    row = p["w"][jnp.argmax(x, -1)]  # as many rows as x has entries
+    h = jnp.tanh(row + h @ p["u"])
+    return h, h * row
+
+
+def scaled(p, h, x):
+    weights = (p["u"] * 0.5).astype(h.dtype)
+    return jnp.tanh(h @ weights + x @ p["w"]), jnp.sum(x @ p["w"])
+
+
+def without_carry(p, h, x):
+    return h, jnp.sin(x @ p["w"]) * (x @ x.T)[:, :1]
+
+
+LOOPS = [recurrent, twice, transposed, looked_up, scaled, without_carry]
+
+
+def over_time(step, p, h, xs, **options):
+    h, ys = lax.scan(lambda h, x: step(p, h, x), h, xs, **options)
+    return jnp.sum(jnp.sin(h)) + jnp.sum(jnp.cos(ys))
+
+
+@pytest.mark.parametrize("length", [1, 16, 19, 24])
+@pytest.mark.parametrize("step", LOOPS)
+def test_loops_in_chunks(step, length):
+    p = {"w": draw(0, 3, 5), "u": draw(1, 5, 5) / 2, "b": draw(2, 5)}
+    h, xs = draw(3, 2, 5), draw(4, length, 2, 3)
+    args = (p, h, xs)
+
+    def loss(*args):
+        return over_time(step, *args, reverse=length == 19, unroll=2 if length == 24 else 1)
+
+    expected = jax.grad(loss, (0, 1, 2))(*args)
+    got = jax.jit(fbprop.grad(loss, (0, 1, 2)))(*args)
+    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("step", [recurrent, looked_up])
+def test_a_loop_sums_products_not_steps(step):
+    """Nothing of the weight's size is added up, or filled with zeros, in the steps themselves."""
+    p = {"w": draw(0, 3, 5), "u": draw(1, 5, 5), "b": draw(2, 5)}
+    h, xs = draw(3, 2, 5), draw(4, 32, 2, 3)
+    jaxpr = jax.make_jaxpr(fbprop.grad(lambda p: over_time(step, p, h, xs)))(p)
+    chunks = [e for e in loops(jaxpr.jaxpr) if e.params["length"] == 4]
+    assert len(chunks) == 1
+    (steps,) = loops(chunks[0].params["jaxpr"])
+    assert not {(3, 5), (5, 5)} & {v.aval.shape for v in steps.outvars}
+
+
+def loops(jaxpr):
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        elif "jaxpr" in eqn.params:
+            yield from loops(eqn.params["jaxpr"])
+
+
+def test_second_derivatives_of_a_loop_in_chunks():
+    p = {"w": draw(0, 3, 5), "u": draw(1, 5, 5) / 2, "b": draw(2, 5)}
+    h, xs = draw(3, 2, 5), draw(4, 16, 2, 3)
+
+    def of(grad):
+        def along(p):
+            return sum(jnp.vdot(d, jnp.cos(d)) for d in jax.tree.leaves(
+                grad(lambda p: over_time(recurrent, p, h, xs))(p)))
+
+        return jax.jit(grad(along))(p)
+
+    chex.assert_trees_all_close(of(fbprop.grad), of(jax.grad), rtol=1e-3, atol=1e-3)
+
+
+def test_a_constant_of_a_gate_is_not_kept_twice():
+    def step(h, x):
+        z = jax.nn.sigmoid(x)
+        return (1 - z) * h + z * jnp.tanh(x), None
+
+    _, pullback = fbprop.vjp(lambda x: lax.scan(step, jnp.zeros(3), x)[0], draw(0, 16, 3))
+    # Per step z, h and tanh x, but not 1 − z.
+    assert sum(x.size for x in jax.tree.leaves(pullback)) == 3 * 48
