@@ -21,7 +21,7 @@ def normal(shape, dtype=np.float64, seed=0):
 
 def random_params(layer, x):
     """Parameters none of which is 0 or 1, so that a bias left out would be seen."""
-    params = layer.init(KEY, x)
+    params = jax.eval_shape(layer.init, KEY, x)
     return jax.tree.map(lambda p: normal(p.shape, p.dtype, seed=p.size), params)
 
 
@@ -220,6 +220,17 @@ LAYERS = {
     "conv_depthwise": (lambda dtype: nn.conv(6, 3, groups=3, dtype=dtype), (2, 5, 3, 3)),
     "conv_1d": (lambda dtype: nn.conv(3, (2,), padding="VALID", dtype=dtype), (2, 5, 2)),
     "layer_norm": (lambda dtype: nn.layer_norm(dtype=dtype), (2, 3, 5)),
+    "rms_norm": (lambda dtype: nn.rms_norm(dtype=dtype), (2, 3, 5)),
+    "group_norm": (lambda dtype: nn.group_norm(2, dtype=dtype), (2, 3, 5, 6)),
+    "attention": (lambda dtype: nn.attention(2, dropout=0.3, dtype=dtype), (2, 5, 6)),
+    "position_embedding": (lambda dtype: nn.position_embedding(7, dtype=dtype), (2, 5, 3)),
+    "lstm": (lambda dtype: nn.lstm(5, dtype=dtype), (2, 3, 7)),
+    "lstm_reverse": (lambda dtype: nn.lstm(5, reverse=True, last=True, dtype=dtype), (2, 3, 7)),
+    "gru": (lambda dtype: nn.gru(5, dtype=dtype), (2, 3, 7)),
+    "residual": (lambda dtype: nn.residual(nn.dense(3, dtype=dtype), nn.tanh(), nn.dropout(0.3),
+                                           shortcut=nn.dense(3, dtype=dtype)), (2, 5)),
+    "repeated": (lambda dtype: nn.repeated(nn.residual(nn.dense(5, dtype=dtype)), 3), (2, 5)),
+    "global_avg_pool": (lambda dtype: nn.global_avg_pool(), (2, 5, 3, 7)),
     "max_pool": (lambda dtype: nn.max_pool(2), (2, 4, 6, 3)),
     "max_pool_overlapping": (lambda dtype: nn.max_pool(3, stride=2, padding="SAME"), (2, 5, 7, 3)),
     "avg_pool": (lambda dtype: nn.avg_pool(2), (2, 4, 6, 3)),
@@ -247,8 +258,8 @@ def test_gradient_is_that_of_jax(x64, name):
     def loss(params, x):
         return jnp.sum(weight * layer.apply(params, x, key=KEY, train=True))
 
-    ours = fbprop.grad(loss, argnums=(0, 1))(params, x)
-    theirs = jax.grad(loss, argnums=(0, 1))(params, x)
+    ours = jax.jit(fbprop.grad(loss, argnums=(0, 1)))(params, x)
+    theirs = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     chex.assert_trees_all_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
@@ -259,7 +270,8 @@ def test_dtype_is_kept(x64, name, dtype):
     layer, x = make(dtype), normal(shape, dtype)
     params = layer.init(KEY, x)
     assert {p.dtype.name for p in jax.tree.leaves(params)} <= {dtype}
-    assert layer.apply(params, x, key=KEY, train=True).dtype == dtype
+    apply = jax.jit(lambda params, x: layer.apply(params, x, key=KEY, train=True))
+    assert apply(params, x).dtype == dtype
 
 
 def test_embedding_gradient_is_that_of_jax(x64):

@@ -1,45 +1,70 @@
-"""What a layer is, and how layers are put in sequence."""
+"""What a layer is: two pure functions, and a third where there are running statistics."""
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import jax
 
+_watcher: ContextVar[Callable | None] = ContextVar("watcher", default=None)
+
 
 class Layer:
-    """A network or a part of one: a pair of pure functions and a name.
+    """A network or a part of one: pure functions and a name.
 
     Parameters are an ordinary pytree (nested dicts of arrays) that the caller holds; a layer holds
-    none. A layer of your own is such a pair::
+    none. A layer of your own is a pair::
 
         def init(key, x):                          # x: shape and dtype of the input
             return {"scale": jnp.ones(x.shape[-1], x.dtype)}
 
-        def apply(params, x, *, key, train):       # key: random numbers; train: static
+        def apply(params, x, *, key, train):       # of the keywords, those that it needs
             return params["scale"] * x
 
         scale = nn.Layer(init, apply, "scale")
 
     A layer unpacks into its two functions: ``init, apply = nn.dense(3)``.
 
+    A layer with state, such as running statistics, has a third function and returns two results::
+
+        def init_state(x):
+            return {"seen": jnp.zeros((), jnp.int32)}
+
+        def apply(params, x, *, train, state):
+            return x, {"seen": state["seen"] + train}
+
+        counter = nn.Layer(lambda key, x: {}, apply, "counter", init_state)
+
     Args:
       init: ``(key, x) -> params``, ``x`` a `jax.ShapeDtypeStruct` or an array.
-      apply: ``(params, x, *, key, train) -> y``.
+      apply: ``(params, x, *, key, train, lengths) -> y``; with ``init_state``
+        ``(params, x, *, key, train, lengths, state) -> (y, state)``. It is given the keywords that
+        its signature names (all, if that ends in ``**_``); `apply` below says what they are.
       name: of the `jax.named_scope` that ``apply`` runs in; a part of the path by which rules are
         overridden (``where="encoder/*"``) and errors say where they happened.
+      init_state: ``x -> state``, a pytree of arrays; None for a layer without state.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from fbprop import nn
-      >>> double = nn.Layer(lambda key, x: {}, lambda params, x, **_: 2 * x, "double")
+      >>> double = nn.Layer(lambda key, x: {}, lambda params, x: 2 * x, "double")
       >>> double.apply({}, jnp.arange(3)).tolist()
       [0, 2, 4]
     """
 
-    def __init__(self, init: Callable, apply: Callable, name: str):
-        self._init, self._apply, self.name = init, apply, name
+    def __init__(self, init: Callable, apply: Callable, name: str,
+                 init_state: Callable | None = None):
+        self._init, self._apply, self._init_state, self.name = init, apply, init_state, name
+        self._takes = _keywords(apply)
+        self._out_shapes = {}
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the layer, or a part of it, has state."""
+        return self._init_state is not None
 
     def init(self, key: jax.Array, x):
         """Parameters for inputs like ``x``.
@@ -52,29 +77,87 @@ class Layer:
         Raises:
           TypeError: ``x`` has no shape and dtype.
         """
+        self._check_shaped(x)
+        return self._init(key, x)
+
+    def init_state(self, x):
+        """The state before training, for inputs like ``x``: a pytree of arrays, ``{}`` without.
+
+        In `fbprop.train` it is the ``model_state`` that a loss receives and returns.
+
+        Args:
+          x: as for `init`.
+
+        Raises:
+          TypeError: ``x`` has no shape and dtype.
+        """
+        self._check_shaped(x)
+        return self._init_state(x) if self.stateful else {}
+
+    def apply(self, params, x, *, key: jax.Array | None = None, train: bool = False, state=None,
+              lengths: jax.Array | None = None):
+        """The layer's output; with a state given, the pair of output and new state.
+
+        Args:
+          params: what `init` returned, possibly trained since.
+          x: the input.
+          key: a JAX random key, for layers that draw random numbers in training.
+          train: whether to behave as in training (dropout drops, batch norm uses the batch's
+            statistics and updates the running ones) or as in use.
+          state: what `init_state` returned, possibly updated since. A layer without state returns
+            it as it is.
+          lengths: integers [B], for a batch of padded sequences [B, T, ...]: how many of the T
+            steps of each are real. Every layer inside is told; recurrent layers, attention and
+            averages over time leave out the rest. None: all are real.
+
+        Raises:
+          ValueError: the layer has state and none is given.
+        """
+        if state is None and self.stateful:
+            raise ValueError(
+                f"Layer {self.name!r} keeps a state, got state=None expected what init_state(x) "
+                "returned: call y, state = layer.apply(params, x, state=state, train=train)."
+            )
+        offered = {"key": key, "train": train, "state": state, "lengths": lengths}
+        with jax.named_scope(self.name), _watched(self.name) as note:
+            out = self._apply(params, x, **{name: offered[name] for name in self._takes})
+            y, new = out if self.stateful else (out, state)
+            note(y)
+        return y if state is None else (y, new)
+
+    def out_shape(self, x):
+        """Shape and dtype of the output for inputs like ``x``; nothing is computed.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from fbprop import nn
+          >>> nn.max_pool(2).out_shape(jax.ShapeDtypeStruct((5, 8, 6, 3), jnp.float32)).shape
+          (5, 4, 3, 3)
+        """
+        def run(x):
+            params = self.init(jax.random.key(0), x)
+            return self.apply(params, x, state=self.init_state(x))[0]
+
+        self._check_shaped(x)
+        # Remembered: a network asks each part at every level of its nesting, 3^depth times in all.
+        leaves, tree = jax.tree.flatten(x)
+        form = tree, tuple((a.shape, a.dtype) for a in leaves)
+        if form not in self._out_shapes:
+            with watching(None):
+                self._out_shapes[form] = jax.eval_shape(run, x)
+        return self._out_shapes[form]
+
+    def renamed(self, name: str) -> Layer:
+        """The same layer under another name."""
+        return Layer(self._init, self._apply, name, self._init_state)
+
+    def _check_shaped(self, x):
         if any(not (hasattr(a, "shape") and hasattr(a, "dtype")) for a in jax.tree.leaves(x)):
             raise TypeError(
                 f"Layer {self.name!r} is initialised for the shape and dtype of its input, got "
                 f"{x!r} expected an array or a jax.ShapeDtypeStruct: give an example batch or "
                 "jax.ShapeDtypeStruct(shape, dtype)."
             )
-        return self._init(key, x)
-
-    def apply(self, params, x, *, key: jax.Array | None = None, train: bool = False):
-        """The layer's output.
-
-        Args:
-          params: what `init` returned, possibly trained since.
-          x: the input.
-          key: a JAX random key, for layers that draw random numbers in training.
-          train: whether to behave as in training (dropout drops) or as in use.
-        """
-        with jax.named_scope(self.name):
-            return self._apply(params, x, key=key, train=train)
-
-    def renamed(self, name: str) -> Layer:
-        """The same layer under another name."""
-        return Layer(self._init, self._apply, name)
 
     def __iter__(self):
         return iter((self.init, self.apply))
@@ -96,74 +179,32 @@ def function(fun: Callable, name: str | None = None) -> Layer:
       >>> nn.function(jnp.sin)
       <layer 'sin'>
     """
-    return Layer(lambda key, x: {}, lambda params, x, **_: fun(x), name or fun.__name__)
+    return Layer(lambda key, x: {}, lambda params, x: fun(x), name or fun.__name__)
 
 
-def sequential(*layers: Layer, name: str = "sequential") -> Layer:
-    """Layers one after the other.
-
-    Parameters are a dict with one entry for each layer that has any, under the layer's name; names
-    that occur more than once are numbered in order: ``conv_0, conv_1, dense``. The named scopes are
-    the same, so ``params["conv_0"]`` is used at path ``"sequential/conv_0"``.
-
-    Args:
-      *layers: each takes what the one before returns.
-      name: see `Layer`; a sequence within another one is told apart by it.
-
-    Raises:
-      ValueError: two layers end up with the same name (`init`, `apply`: not a layer of this one).
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from fbprop import nn
-      >>> net = nn.sequential(nn.dense(5), nn.relu(), nn.dense(3))
-      >>> params = net.init(jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.float32))
-      >>> {name: layer["kernel"].shape for name, layer in params.items()}
-      {'dense_0': (2, 5), 'dense_1': (5, 3)}
-      >>> net.apply(params, jnp.ones((7, 2))).shape
-      (7, 3)
-    """
-    layers = _distinct(layers)
-
-    def init(key, x):
-        params = {}
-        for layer, k in zip(layers, jax.random.split(key, len(layers))):
-            mine = layer.init(k, x)
-            if jax.tree.leaves(mine):
-                params[layer.name] = mine
-            x = jax.eval_shape(layer.apply, mine, x)
-        return params
-
-    def apply(params, x, *, key, train):
-        _check_names(name, params, layers)
-        keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
-        for layer, k in zip(layers, keys):
-            x = layer.apply(params.get(layer.name, {}), x, key=k, train=train)
-        return x
-
-    return Layer(init, apply, name)
+def _keywords(apply):
+    """Those of the keywords of `Layer.apply` that a function takes."""
+    known, found = ("key", "train", "state", "lengths"), inspect.signature(apply).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in found.values())
+    return known if everything else tuple(name for name in known if name in found)
 
 
-def _distinct(layers):
-    """The layers, those of the same name numbered."""
-    occurs, seen = Counter(layer.name for layer in layers), Counter()
-    result = []
-    for layer in layers:
-        number = f"_{seen[layer.name]}" if occurs[layer.name] > 1 else ""
-        seen[layer.name] += 1
-        result.append(layer.renamed(layer.name + number))
-    if len({layer.name for layer in result}) < len(result):
-        names = [layer.name for layer in result]
-        raise ValueError(
-            f"Layers in a sequence have distinct names, got {names} expected no repetition: "
-            "numbering made two the same, give one another name."
-        )
-    return result
+@contextlib.contextmanager
+def _watched(name):
+    """Tells the watcher, if there is one, what is applied and what comes out."""
+    watch = _watcher.get()
+    if watch is None:
+        yield lambda y: None
+    else:
+        watch(True, name, None)
+        yield lambda y: watch(False, name, y)
 
 
-def _check_names(name, params, layers):
-    if strangers := sorted(set(params) - {layer.name for layer in layers}):
-        raise ValueError(
-            f"Parameters of {name!r} have an entry per layer, got {strangers[0]!r} expected some "
-            f"of {[layer.name for layer in layers]}: these parameters belong to another network."
-        )
+@contextlib.contextmanager
+def watching(watch: Callable | None):
+    """Calls ``watch(entering, name, output)`` at both ends of every `Layer.apply` inside."""
+    token = _watcher.set(watch)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)

@@ -1,4 +1,4 @@
-"""Layers that standardise."""
+"""Layers that standardise: by features, by groups of channels, by batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jax import lax
 
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
-from fbprop.nn.shapes import at_least_float32
+from fbprop.nn.shapes import at_least_float32, wide_dtype
 
 
 def layer_norm(*, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,
@@ -31,17 +31,169 @@ def layer_norm(*, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,
       [[-1.0, 1.0]]
     """
 
+    def apply(params, x):
+        return _affine(params, _standardised(at_least_float32(x), -1, epsilon).astype(x.dtype))
+
+    return Layer(_affine_init(scale, bias, dtype), apply, name)
+
+
+def rms_norm(*, epsilon: float = 1e-6, scale: bool = True, dtype=jnp.float32,
+             name: str = "rms_norm") -> Layer:
+    """x / sqrt(mean of x² + epsilon) · scale over the last dimension (Zhang & Sennrich 2019).
+
+    The mean is computed in float32 at least. Parameters: ``scale`` [features], at first 1.
+
+    Args:
+      epsilon: added to the mean, so that a row of zeros gives 0.
+      scale: whether there is one.
+      dtype: of the parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> init, apply = nn.rms_norm(epsilon=0.0)
+      >>> x = jnp.array([[3.0, 3.0], [-2.0, 2.0]])
+      >>> apply(init(jax.random.key(0), x), x).tolist()
+      [[1.0, 1.0], [-1.0, 1.0]]
+    """
+
+    def apply(params, x):
+        wide = at_least_float32(x)
+        size = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return _affine(params, (wide * lax.rsqrt(size + epsilon)).astype(x.dtype))
+
+    return Layer(_affine_init(scale, False, dtype), apply, name)
+
+
+def group_norm(groups: int = 32, *, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,
+               dtype=jnp.float32, name: str = "group_norm") -> Layer:
+    """As `layer_norm`, over each example's groups of channels and all their positions.
+
+    [B, *spatial, C] is standardised over the spatial dimensions and C / groups neighbouring
+    channels; scale and bias are per channel [C]. Wu & He 2018. One group per channel is instance
+    norm.
+
+    Args:
+      groups: how many; a divisor of C.
+      epsilon, scale, bias, dtype: as for `layer_norm`.
+
+    Raises:
+      ValueError: groups does not divide C.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> init, apply = nn.group_norm(2, epsilon=0.0)
+      >>> x = jnp.array([[1.0, 3.0, -5.0, 5.0]])
+      >>> apply(init(jax.random.key(0), x), x).tolist()
+      [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    def apply(params, x):
+        if x.shape[-1] % groups:
+            raise ValueError(
+                f"Layer {name!r} splits channels into equal groups, got groups={groups} expected "
+                f"a divisor of {x.shape[-1]} channels."
+            )
+        split = at_least_float32(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        y = _standardised(split, axes, epsilon)
+        return _affine(params, y.reshape(x.shape).astype(x.dtype))
+
+    return Layer(_affine_init(scale, bias, dtype), apply, name)
+
+
+def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
+               scale: bool = True, bias: bool = True, dtype=jnp.float32,
+               name: str = "batch_norm") -> Layer:
+    """(x − mean) / sqrt(variance + epsilon) · scale + bias, over all dimensions but the last.
+
+    In training mean and variance are the batch's, and the running ones become
+    ``momentum · running + (1 − momentum) · batch's``; in use the running ones take their place.
+    Ioffe & Szegedy 2015. The variance is divided by n, the running one too, as in Flax and Keras;
+    PyTorch's running variance is divided by n − 1, and its momentum is 1 − this one. All of it is
+    in float32 at least, the variance a mean of centred squares: E[x²] − E[x]² would lose 3% at a
+    mean of 1,000 standard deviations.
+
+    Parameters: ``scale`` [C], at first 1; ``bias`` [C], at first 0. State: ``mean`` [C], at first
+    0; ``variance`` [C], at first 1. Padding of sequences counts as any other element.
+
+    Args:
+      momentum: weight of the past in the running statistics, in [0, 1].
+      epsilon: added to the variance.
+      axis_name: of the mapped axis (`jax.shard_map`, `jax.vmap`), or several, over whose parts of
+        equal size the statistics are averaged; None: each part has its own.
+      scale, bias: whether there is one.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: momentum out of range; `apply` without a state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> norm, x = nn.batch_norm(epsilon=0.0), jnp.array([[10.0], [30.0]])
+      >>> params, state = norm.init(jax.random.key(0), x), norm.init_state(x)
+      >>> y, state = norm.apply(params, x, train=True, state=state)
+      >>> y.tolist(), state["mean"].tolist()
+      ([[-1.0], [1.0]], [2.0])
+      >>> y, _ = norm.apply(params, x, state={"mean": jnp.zeros(1), "variance": jnp.full(1, 4.0)})
+      >>> y.tolist()
+      [[5.0], [15.0]]
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"batch_norm's momentum is the weight of the past, got {momentum} expected a number "
+            "in [0, 1], near 1."
+        )
+
+    def init_state(x):
+        wide = wide_dtype(x.dtype)
+        return {"mean": jnp.zeros(x.shape[-1], wide), "variance": jnp.ones(x.shape[-1], wide)}
+
+    def apply(params, x, *, train, state):
+        wide = at_least_float32(x)
+        statistics = _batch_statistics(wide, axis_name) if train else state
+        centred = wide - statistics["mean"].astype(wide.dtype)
+        y = centred * lax.rsqrt(statistics["variance"].astype(wide.dtype) + epsilon)
+        if train:
+            state = {key: _moved(state[key], statistics[key], momentum) for key in state}
+        return _affine(params, y.astype(x.dtype)), state
+
+    return Layer(_affine_init(scale, bias, dtype), apply, name, init_state)
+
+
+def _batch_statistics(x, axis_name):
+    axes = tuple(range(x.ndim - 1))
+
+    def mean_of(values):
+        mean = jnp.mean(values, axis=axes)
+        return mean if axis_name is None else lax.pmean(mean, axis_name)
+
+    mean = mean_of(x)
+    return {"mean": mean, "variance": mean_of(jnp.square(x - mean))}
+
+
+def _moved(running, batch, momentum):
+    batch = lax.stop_gradient(batch).astype(running.dtype)
+    return momentum * running + (1 - momentum) * batch
+
+
+def _standardised(x, axes, epsilon):
+    centred = x - jnp.mean(x, axis=axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
+    return centred * lax.rsqrt(variance + epsilon)
+
+
+def _affine_init(scale, bias, dtype):
     def init(key, x):
         shape = x.shape[-1:]
         params = {"scale": initializers.ones(key, shape, dtype)} if scale else {}
         return params | ({"bias": initializers.zeros(key, shape, dtype)} if bias else {})
 
-    def apply(params, x, **_):
-        wide = at_least_float32(x)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = (centred * lax.rsqrt(variance + epsilon)).astype(x.dtype)
-        y = y * params["scale"] if scale else y
-        return y + params["bias"] if bias else y
+    return init
 
-    return Layer(init, apply, name)
+
+def _affine(params, y):
+    y = y * params["scale"] if "scale" in params else y
+    return y + params["bias"] if "bias" in params else y

@@ -9,7 +9,13 @@ import numpy as np
 from jax import lax
 
 from fbprop.nn.layer import Layer, function
-from fbprop.nn.shapes import check_image, per_dimension
+from fbprop.nn.shapes import (
+    at_least_float32,
+    check_image,
+    check_sequence,
+    per_dimension,
+    sequence_mask,
+)
 
 
 def max_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
@@ -66,6 +72,36 @@ def avg_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
                               np.zeros((), x.dtype), lax.add)
 
     return _pool(window, stride, padding, name, mean)
+
+
+def global_avg_pool(*, name: str = "global_avg_pool") -> Layer:
+    """The mean over all positions, [B, *spatial, C] -> [B, C], in float32 at least.
+
+    Of padded sequences [B, T, C], with ``apply(..., lengths=lengths)``, over the real steps; 0 for
+    one that has none.
+
+    Raises:
+      ValueError: the input is not [B, *spatial, C]; lengths for more than one spatial dimension.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> x = jnp.array([[[2.0], [4.0], [9.0]]])
+      >>> nn.global_avg_pool().apply({}, x, lengths=jnp.array([2])).tolist()
+      [[3.0]]
+    """
+
+    def apply(params, x, *, lengths):
+        wide = at_least_float32(x)
+        if lengths is None:
+            check_image(name, x, max(1, x.ndim - 2))
+            return jnp.mean(wide, axis=tuple(range(1, x.ndim - 1))).astype(x.dtype)
+        check_sequence(name, x)
+        real = sequence_mask(lengths, x.shape[1])[..., None]
+        total = jnp.sum(jnp.where(real, wide, 0), axis=1)
+        return (total / jnp.maximum(lengths, 1).astype(wide.dtype)[:, None]).astype(x.dtype)
+
+    return Layer(lambda key, x: {}, apply, name)
 
 
 def flatten(*, name: str = "flatten") -> Layer:
