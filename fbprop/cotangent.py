@@ -52,9 +52,14 @@ def evaluated(ct):
     return ct.dense() if isinstance(ct, Factored) else ct
 
 
+def filled(ct, aval):
+    """The cotangent, zeros for `ZERO`."""
+    return zeros(aval) if is_zero(ct) else ct
+
+
 def dense(ct, aval):
     """The cotangent as an array."""
-    return zeros(aval) if is_zero(ct) else evaluated(ct)
+    return evaluated(filled(ct, aval))
 
 
 class CotangentError(TypeError):

@@ -186,7 +186,7 @@ def _pull(site, rule, step, kept, extra, douts):
     """One rule across the boundary: zeros filled in before, every cotangent checked after."""
     if not rule.takes_zeros:
         douts = [
-            ct.dense(d, a) if jc.differentiable(a) else d for d, a in zip(douts, site.out_avals)
+            ct.filled(d, a) if jc.differentiable(a) else d for d, a in zip(douts, site.out_avals)
         ]
     dins = list(step.backward(kept, extra, douts))
     ct.check_count(rule, dins, len(site.in_avals))

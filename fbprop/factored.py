@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
+
 
 class Factored:
     """Base of the two forms: ``shape``, ``dtype``, ``dense()`` and ``add_to(array)``."""
@@ -151,6 +153,28 @@ class Rows(Factored):
     def add_to(self, total):
         return lax.scatter_add(total, self.indices, self.values, self.numbers, **self.options)
 
+    def sum(self, axis: int) -> jax.Array:
+        """The dense cotangent summed over an axis, without it if the rows are single elements."""
+        n = self.numbers
+        if n.update_window_dims or axis not in n.scatter_dims_to_operand_dims:
+            return jnp.sum(self.dense(), axis)
+        column = n.scatter_dims_to_operand_dims.index(axis)
+        at, values = self.indices[..., column], self.values
+        if self.options["mode"] != lax.GatherScatterMode.CLIP:  # elements outside are dropped
+            inside = (at >= 0) & (at < self.shape[axis])
+            values = jnp.where(inside, values, jnp.zeros((), values.dtype))
+
+        def left(dims):
+            return tuple(d - (d > axis) for d in dims if d != axis)
+
+        numbers = lax.ScatterDimensionNumbers(
+            (), left(n.inserted_window_dims), left(n.scatter_dims_to_operand_dims),
+            left(n.operand_batching_dims), n.scatter_indices_batching_dims,
+        )
+        indices = jnp.delete(self.indices, column, axis=-1)
+        shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+        return Rows(indices, values, shape, numbers, self.options | _UNORDERED).dense()
+
     def over_steps(self, indices, values) -> Rows:
         """The sum over the first axis, which both arrays have besides."""
         numbers = self.numbers
@@ -160,8 +184,7 @@ class Rows(Factored):
             tuple(_shifted(numbers.scatter_indices_batching_dims)),
         )
         # What is in order, or unique, within a step need not be so across steps.
-        options = self.options | {"indices_are_sorted": False, "unique_indices": False}
-        return Rows(indices, values, self.shape, numbers, options)
+        return Rows(indices, values, self.shape, numbers, self.options | _UNORDERED)
 
 
 def _frozen(pair):

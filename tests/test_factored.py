@@ -157,3 +157,52 @@ def test_a_constant_of_a_gate_is_not_kept_twice():
     _, pullback = fbprop.vjp(lambda x: lax.scan(step, jnp.zeros(3), x)[0], draw(0, 16, 3))
     # Per step z, h and tanh x, but not 1 − z.
     assert sum(x.size for x in jax.tree.leaves(pullback)) == 3 * 48
+
+
+def picked(log_p, labels):
+    return jnp.take_along_axis(log_p, labels[..., None], axis=-1)
+
+
+def indexed(log_p, labels):
+    return log_p[jnp.arange(len(labels)), labels]
+
+
+def one_row(log_p, labels):
+    return log_p[labels[0]] ** 2
+
+
+def clipped(log_p, labels):
+    return jnp.take_along_axis(log_p, labels[:, None] + 5, axis=-1, mode="clip")
+
+
+def outside(log_p, labels):
+    return jnp.take_along_axis(log_p, labels[:, None] + 5, axis=-1, mode="fill", fill_value=0)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("pick", [picked, indexed, one_row, clipped, outside])
+def test_log_softmax_of_a_few_elements(pick, axis):
+    x, labels = draw(0, 3, 7), jnp.array([2, 0, 2])
+
+    def loss(x):
+        return jnp.mean(jnp.sin(pick(jax.nn.log_softmax(x, axis=axis), labels)))
+
+    chex.assert_trees_all_close(
+        jax.jit(fbprop.grad(loss))(x), jax.grad(loss)(x), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_loss_by_labels_needs_no_dense_scatter_and_no_log_probabilities():
+    x, labels = draw(0, 3, 7), jnp.array([2, 0, 2])
+    _, pullback = fbprop.vjp(lambda x: jnp.mean(picked(jax.nn.log_softmax(x), labels)), x)
+    assert [y.size for y in jax.tree.leaves(pullback) if y.size == x.size] == [x.size]  # x itself
+    whole = [e for e in equations(jax.make_jaxpr(pullback)(1.0)) if e.outvars[0].aval.size == 21]
+    assert [e.primitive.name for e in whole].count("scatter-add") == 1
+    assert "broadcast_in_dim" not in [e.primitive.name for e in whole]
+
+
+def equations(jaxpr):
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        if "jaxpr" in eqn.params:
+            yield from equations(eqn.params["jaxpr"])
