@@ -3,6 +3,7 @@
 from fbprop import data, nn, optim, train
 from fbprop.check import CheckFailed, Report, check
 from fbprop.cotangent import ZERO, CotangentError
+from fbprop.explain import Explanation, explain
 from fbprop.factored import Contraction, Rows
 from fbprop.reverse import Pullback, grad, value_and_grad, vjp
 from fbprop.rule import Rule, broadcasting, elementwise, linear, no_gradient, pair, rule
@@ -16,6 +17,7 @@ __all__ = [
     "CheckFailed",
     "Contraction",
     "CotangentError",
+    "Explanation",
     "MissingRule",
     "Pullback",
     "Report",
@@ -26,6 +28,7 @@ __all__ = [
     "check",
     "data",
     "elementwise",
+    "explain",
     "grad",
     "linear",
     "nn",

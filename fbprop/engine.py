@@ -22,8 +22,8 @@ class Flow:
     """Which equations of a jaxpr depend on its active inputs, and which outputs do."""
 
     def __init__(self, engine: Engine, jaxpr, active: tuple[bool, ...], path: str):
-        self.jaxpr = jaxpr
-        body = jc.open_jaxpr(jaxpr)
+        self.jaxpr = engine.table.outlined(jaxpr)
+        body = jc.open_jaxpr(self.jaxpr)
         self.live = {v for v, a in zip(body.invars, active) if a and jc.differentiable(v.aval)}
         self.sites: list[tuple[Site, object] | None] = []
         for eqn in body.eqns:

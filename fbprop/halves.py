@@ -64,6 +64,12 @@ class Halves:
     def reached(self):
         return self.plan.reached
 
+    @property
+    def kept(self):
+        """Types of the kept values, as the engine's `Kept`."""
+        leaves = jc.open_jaxpr(self.body).outvars[self.n_out :]
+        return tree_unflatten(self.tree, [v.aval for v in leaves])
+
     def borrowed(self) -> tuple[int, ...]:
         """Indices into (*operands, *results) of the leaves that exist outside already."""
         n = len(jc.open_jaxpr(self.body).invars)
@@ -157,11 +163,13 @@ def inlined(jaxpr, table=None):
     Inside a loop or a branch everything is compiled as one anyway, and values inside the calls
     become visible: what a call computes from loop constants alone is then not kept per step.
     """
+    outlined = table.outlined if table else lambda jaxpr: jaxpr
+    jaxpr = outlined(jaxpr)
     if not any(_inlines(eqn, table) for eqn in jc.open_jaxpr(jaxpr).eqns):
         return jaxpr
 
     def run(jaxpr, args):
-        body = jc.open_jaxpr(jaxpr)
+        body = jc.open_jaxpr(outlined(jaxpr))
         env = dict(zip((*body.constvars, *body.invars), (*jc.consts_of(jaxpr), *args)))
         for eqn in body.eqns:
             operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]

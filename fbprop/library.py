@@ -5,6 +5,7 @@
 same. So the library's function is traced on the same types and the two traces are compared
 equation by equation; where a function has its own derivative (`jax.custom_jvp`), that must be the
 very same Python function. What compares equal computes the same thing; nothing else gets the rule.
+Functions that are traced into their caller, as ``jax.nn.gelu``, become calls by `fbprop.outline`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fbprop.jaxcompat import (
@@ -27,7 +30,7 @@ from fbprop.jaxcompat import (
     sub_jaxprs,
 )
 
-_CALLS = ("jit", "custom_jvp_call")
+CALLS = ("jit", "custom_jvp_call")
 
 
 def identify(eqn, functions: Mapping[str, list[str]]) -> tuple[str | None, dict | None]:
@@ -39,30 +42,85 @@ def identify(eqn, functions: Mapping[str, list[str]]) -> tuple[str | None, dict 
     Returns:
       ``("jax.nn.log_softmax", {"axis": 1})``, or ``(None, None)``.
     """
-    if eqn.primitive.name not in _CALLS:
+    if eqn.primitive.name not in CALLS:
         return None, None
-    for dotted in functions.get(_call_name(eqn), ()):
-        for arguments in _candidates(dotted, eqn.invars[0].aval):
-            if _same_call(eqn, _reference(dotted, _types(eqn), arguments)):
+    for dotted in functions.get(call_name(eqn).lstrip("_"), ()):
+        types = tuple(v.aval for v in eqn.invars if is_var(v))
+        literals = [v.val for v in eqn.invars if not is_var(v)]
+        for arguments in candidates(dotted, _body(eqn).eqns, types, eqn.outvars[0], literals):
+            if _same_call(eqn, reference(dotted, types, arguments)):
                 return dotted, dict(arguments)
     return None, None
 
 
-def _call_name(eqn):
+def call_name(eqn):
+    """Name of the function that an equation of `CALLS` calls."""
     if eqn.primitive.name == "jit":
         return eqn.params["name"]
     return open_jaxpr(eqn.params["call_jaxpr"]).debug_info.func_name
 
 
-def _types(eqn):
-    return tuple(v.aval for v in eqn.invars)
+def _body(eqn):
+    return open_jaxpr(eqn.params["jaxpr" if eqn.primitive.name == "jit" else "call_jaxpr"])
 
 
-def _candidates(dotted, aval):
-    """Argument sets under which the function may have been called: every axis, if it takes one."""
-    if "axis" in inspect.signature(resolve(dotted)).parameters:
-        return [(("axis", axis),) for axis in reversed(range(len(aval.shape)))]
-    return [()]
+def candidates(dotted, eqns, types, result, literals=()):
+    """Argument sets under which the function may have been called, to be tried in turn.
+
+    Args:
+      dotted: the function's name; eqns: what it may have been traced to.
+      types, literals: of the operands that are variables, and the others; result: a variable.
+    """
+    # Only real numbers: the rules say nothing of conjugates.
+    if not types or not jnp.issubdtype(types[0].dtype, jnp.floating):
+        return []
+    axes = next(_axes(eqns), ())
+    return argument_sets(
+        dotted, axis=[axes[0] if len(axes) == 1 else tuple(axes)], ddof=map(int, literals),
+        keepdims=[result.aval.ndim == types[0].ndim],
+    )
+
+
+def _axes(eqns):
+    """Axes that equations, also inner ones, reduce over."""
+    for eqn in eqns:
+        if "axes" in eqn.params:
+            yield eqn.params["axes"]
+        for _, inner in sub_jaxprs(eqn.params):
+            yield from _axes(open_jaxpr(inner).eqns)
+
+
+def argument_sets(dotted, **values):
+    """Every combination of these values of those parameters that the function has."""
+    values["approximate"] = [True, False]
+    names = [n for n in values if n in inspect.signature(resolve(dotted)).parameters]
+    return [tuple(zip(names, v)) for v in itertools.product(*(values[n] for n in names))]
+
+
+@functools.cache
+def exists(dotted: str) -> bool:
+    """Whether there is a function of that dotted name; a rule may be for one that is not here."""
+    try:
+        return callable(resolve(dotted))
+    except (ImportError, AttributeError):
+        return False
+
+
+@functools.cache
+def parts(dotted: str) -> frozenset[str]:
+    """Names of the primitives a library function consists of; none if it has its own derivative."""
+    if not exists(dotted):
+        return frozenset()
+    eqns = open_jaxpr(jax.make_jaxpr(resolve(dotted))(jax.ShapeDtypeStruct((2, 2), "float32"))).eqns
+    return frozenset(_primitives(eqns))
+
+
+def _primitives(eqns):
+    for eqn in eqns:
+        if eqn.primitive.name != "custom_jvp_call":
+            yield eqn.primitive.name
+            for _, inner in sub_jaxprs(eqn.params):
+                yield from _primitives(open_jaxpr(inner).eqns)
 
 
 @functools.cache
@@ -73,26 +131,31 @@ def resolve(dotted: str):
 
 
 @functools.lru_cache(512)
-def _reference(dotted, avals, arguments):
-    """The equation that a call of the library's function on these types makes, or None."""
+def reference(dotted, types, arguments):
+    """The equation that a call of the library's function on these types makes, or None.
+
+    A function that is not a call of its own, but traced into its caller, is made one.
+    """
     fun = functools.partial(resolve(dotted), **dict(arguments))
     try:
-        eqns = open_jaxpr(jax.make_jaxpr(fun)(*avals)).eqns
+        eqns = open_jaxpr(jax.make_jaxpr(fun)(*types)).eqns
+        if len(eqns) > 1:
+            eqns = open_jaxpr(jax.make_jaxpr(jax.jit(fun))(*types)).eqns
     except (TypeError, ValueError):  # the function does not take operands of these types
         return None
-    return eqns[0] if len(eqns) == 1 else None
+    return eqns[0]
 
 
-def _same_call(eqn, reference):
-    if reference is None or eqn.primitive is not reference.primitive:
+def _same_call(eqn, other):
+    if other is None or eqn.primitive is not other.primitive:
         return False
     key = "jaxpr" if eqn.primitive.name == "jit" else "call_jaxpr"
-    if not same_jaxpr(eqn.params[key], reference.params[key]):
+    if not same_jaxpr(eqn.params[key], other.params[key]):
         return False
     if eqn.primitive.name == "jit":
         return True
     derivative = derivative_function(eqn)
-    return derivative is not None and derivative is derivative_function(reference)
+    return derivative is not None and derivative is derivative_function(other)
 
 
 @functools.lru_cache(512)
@@ -102,7 +165,7 @@ def jvp_jaxpr(eqn):
     Tangents are those of the operands and results that have one; the user's rule runs through
     public `jax.jvp`, which calls it and does nothing else to a single such equation.
     """
-    avals = _types(eqn)
+    avals = tuple(v.aval for v in eqn.invars)
     moving = [i for i, a in enumerate(avals) if differentiable(a)]
 
     def jvp(operands, tangents):
@@ -127,25 +190,34 @@ def same_jaxpr(a, b) -> bool:
         len(x) for x in (b.invars, b.eqns, b.outvars, consts[1])
     ] or not all(_same_value(x, y) for x, y in zip(*consts)):
         return False
-    names = dict(zip((*a.constvars, *a.invars), (*b.constvars, *b.invars)))
-
-    def same_atoms(xs, ys):
-        return len(xs) == len(ys) and all(
-            names.get(x) is y
-            if is_var(x) and is_var(y)
-            else is_var(x) == is_var(y) and _same_value(x.val, y.val)
-            for x, y in zip(xs, ys)
-        )
-
     if any(x.aval != y.aval for x, y in zip(a.invars, b.invars)):
         return False
-    for p, q in zip(a.eqns, b.eqns):
-        if p.primitive is not q.primitive or not same_atoms(p.invars, q.invars):
-            return False
-        if len(p.outvars) != len(q.outvars) or not _same_params(p, q):
-            return False
-        names.update(zip(p.outvars, q.outvars))
-    return same_atoms(a.outvars, b.outvars)
+    names = dict(zip((*a.constvars, *a.invars), (*b.constvars, *b.invars)))
+    return same_equations(a.eqns, b.eqns, names) and _same_atoms(a.outvars, b.outvars, names)
+
+
+def same_equations(these, those, names) -> bool:
+    """Whether two lists of equations compute the same; ``names`` maps variables, and grows."""
+    return len(these) == len(those) and all(same_equation(*e, names) for e in zip(these, those))
+
+
+def same_equation(p, q, names) -> bool:
+    """Whether an equation is another one, its operands renamed; its results get their names."""
+    if p.primitive is not q.primitive or not _same_atoms(p.invars, q.invars, names):
+        return False
+    if len(p.outvars) != len(q.outvars) or not _same_params(p, q):
+        return False
+    names.update(zip(p.outvars, q.outvars))
+    return True
+
+
+def _same_atoms(xs, ys, names):
+    return len(xs) == len(ys) and all(
+        names.get(x) is y
+        if is_var(x) and is_var(y)
+        else is_var(x) == is_var(y) and _same_value(x.val, y.val)
+        for x, y in zip(xs, ys)
+    )
 
 
 def _same_params(p, q):

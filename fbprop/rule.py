@@ -68,11 +68,13 @@ class Step(NamedTuple):
     backward: (kept values, extra, result cotangents) -> one cotangent (or None) per operand.
     forward: (*operands) -> (results, extra), or None to evaluate the equation as it stands;
       ``extra`` is a pytree of arrays kept besides ``keep``.
+    inner: the halves of equations inside this one (`fbprop.halves.Halves`), for `explain`.
     """
 
     keep: tuple[int, ...]
     backward: Callable
     forward: Callable | None = None
+    inner: tuple = ()
 
 
 class Rule:
@@ -113,6 +115,10 @@ class Rule:
     def reached(self, site: Site) -> tuple[bool, ...]:
         """Which operands can get a cotangent, given ``site.wanted``."""
         return site.active
+
+    def formulation(self, site: Site) -> str:
+        """Which of several ways of computing it is taken here, and "" if there is one."""
+        return ""
 
     def prepare(self, site: Site) -> Step:
         raise NotImplementedError
@@ -204,13 +210,19 @@ class Pair(Rule):
     """A rule over all operands at once, which may compute something extra in the forward.
 
     backward: ``(site, kept, *result cotangents) -> one cotangent or None per operand``.
-    forward: ``(site, *operands) -> (results, kept)``; without it the equation runs as it stands
-    and ``kept`` is the tuple of values at ``keep(site)``, indices into (*operands, *results).
+    keep: ``site -> indices into (*operands, *results)`` of the values that ``kept`` is a tuple of.
+    forward: ``(site, *operands) -> (results, extra)``; without it the equation runs as it stands.
+      With it ``kept`` is ``extra``, or after what is named by ``keep`` come the members of it.
+    formulation: ``site -> str``, see `Rule.formulation`.
     """
 
-    def __init__(self, name, math, backward, forward=None, keep=lambda site: (), keeps=None):
+    def __init__(
+        self, name, math, backward, forward=None, keep=lambda site: (), keeps=None,
+        formulation=lambda site: "",
+    ):
         super().__init__(name, math, backward, forward)
         self._backward, self._forward, self._keep, self._keeps = backward, forward, keep, keeps
+        self._formulation = formulation
 
     def keeps(self):
         return self._keeps or "nothing"
@@ -218,16 +230,20 @@ class Pair(Rule):
     def declared(self, site):
         return tuple(self._keep(site)) if self._forward is None else None
 
+    def formulation(self, site):
+        return self._formulation(site)
+
     def prepare(self, site):
-        if self._forward is None:
-            return Step(
-                self.declared(site), lambda kept, _, douts: self._backward(site, kept, *douts)
-            )
-        return Step(
-            (),
-            lambda _, extra, douts: self._backward(site, extra, *douts),
-            lambda *operands: self._forward(site, *operands),
-        )
+        keep, forward = tuple(self._keep(site)), None
+        if self._forward is not None:
+            forward = lambda *operands: self._forward(site, *operands)
+
+        def backward(kept, extra, douts):
+            if forward is not None:
+                kept = (*kept, *extra) if keep else extra
+            return self._backward(site, kept, *douts)
+
+        return Step(keep, backward, forward)
 
 
 def rule(name: str, math: str = "", /, **pullbacks: Callable | None) -> Rule:
@@ -269,9 +285,9 @@ def linear(name, math, pullback):
     return Pullbacks(name, math, {"x": pullback})
 
 
-def pair(name, math, backward, forward=None, keep=lambda site: (), keeps=None):
+def pair(name, math, backward, *args, **options):
     """All operands at once, optionally with a forward that keeps more: see `Pair`."""
-    return Pair(name, math, backward, forward, keep, keeps)
+    return Pair(name, math, backward, *args, **options)
 
 
 def no_gradient(reason, *names):

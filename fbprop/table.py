@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Mapping
 
 from fbprop import library
+from fbprop.outline import outlined
 from fbprop.rule import Rule, Site
 
 
@@ -38,13 +39,21 @@ class Table(Mapping):
       'y = tanh x; x̄ = ȳ(1 − y²)'
     """
 
-    def __init__(self, rules=(), scoped: tuple[tuple[str, Rule], ...] = ()):
+    def __init__(self, rules=(), scoped: tuple[tuple[str, Rule], ...] = (), overridden=()):
         self._rules = {r.name: r for r in rules}
-        self._scoped = tuple(scoped)
+        self._scoped, self._overridden = tuple(scoped), frozenset(overridden)
         functions = [n for n in (*self._rules, *(r.name for _, r in scoped)) if "." in n]
         self._functions = {}
-        for name in dict.fromkeys(functions):
+        for name in filter(self._as_a_whole, dict.fromkeys(functions)):
             self._functions.setdefault(name.rpartition(".")[2], []).append(name)
+
+    def _as_a_whole(self, function):
+        """Whether a library function's own rule is used: not if a part of it has another now."""
+        return (
+            not self._overridden
+            or function in self._overridden
+            or not self._overridden & library.parts(function)
+        )
 
     def __getitem__(self, name):
         return self._rules[name]
@@ -68,6 +77,9 @@ class Table(Mapping):
 
     def override(self, *rules: Rule, where: str | None = None) -> Table:
         """A new table in which ``rules`` take the place of those of the same names.
+
+        A library function that contains an overridden primitive is differentiated by its parts, so
+        that the override holds there too, unless the function is overridden itself.
 
         Args:
           *rules: from `fbprop.rule` and its kin.
@@ -95,13 +107,19 @@ class Table(Mapping):
                     f"A table holds rules, got {type(r).__name__} expected fbprop.Rule: make one "
                     "with fbprop.rule(name, math, x=lambda dy, ...: ...)."
                 )
+        overridden = self._overridden | {r.name for r in rules}
         if where is None:
-            return Table((*self._rules.values(), *rules), self._scoped)
-        return Table(self._rules.values(), (*self._scoped, *((where, r) for r in rules)))
+            return Table((*self._rules.values(), *rules), self._scoped, overridden)
+        scoped = (*self._scoped, *((where, r) for r in rules))
+        return Table(self._rules.values(), scoped, overridden)
 
     def function(self, eqn) -> tuple[str | None, Mapping | None]:
         """The library function an equation is, of those that have a rule in any scope."""
         return library.identify(eqn, self._functions)
+
+    def outlined(self, jaxpr):
+        """The jaxpr with a call for each library function with a rule that was traced into it."""
+        return outlined(jaxpr, self._functions)
 
     def find(self, eqn, path: str) -> tuple[Rule | None, Mapping | None]:
         """The rule of an equation and, for a library function, the arguments it was called with."""

@@ -12,9 +12,10 @@ from benchmarks.rows import (
     recurrent,
     sequence_steps,
     steps,
+    updates,
 )
 
 __all__ = [
     "contraction", "convolution", "costs", "elementwise", "image_steps", "indexing",
-    "other_steps", "pooling", "recurrent", "sequence_steps", "steps",
+    "other_steps", "pooling", "recurrent", "sequence_steps", "steps", "updates",
 ]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from benchmarks.row import loss_gradient, operation, row
 
-MATRICES = {"smoke": [(3, 5)], "small": [(512, 1024)], "full": [(4096, 2048)]}
+MATRICES = {"smoke": [(3, 5)], "small": [(512, 1024)], "full": [(4096, 2048), (512, 1024)]}
 
 
 def _passes(x):
@@ -17,6 +17,36 @@ def _passes(x):
 def gelu(draw, B, D):
     x = draw.normal(B, D)
     return operation(lambda x: jax.nn.gelu(x, approximate=False), [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def gelu_tanh(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(jax.nn.gelu, [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def silu(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(jax.nn.silu, [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def softplus(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(jax.nn.softplus, [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def softmax(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(jax.nn.softmax, [x], bytes=_passes(x))
+
+
+@row(**MATRICES)
+def log_softmax(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(jax.nn.log_softmax, [x], bytes=_passes(x))
 
 
 @row(**MATRICES)

@@ -49,6 +49,7 @@ class Call(Rule):
             both.borrowed(),
             lambda kept, new, douts: both.backward(both.leaves(kept, new), douts),
             both.forward,
+            inner=(both,),
         )
 
 
@@ -62,6 +63,7 @@ class Jit(Call):
             both.borrowed(),
             lambda kept, new, douts: backward(both.leaves(kept, new), list(douts)),
             forward,
+            inner=(both,),
         )
 
 
@@ -147,7 +149,7 @@ class Cond(Rule):
             dins = iter(choose(site.params, index, runs, at, filled, list(douts)))
             return [None, *(next(dins) if r else None for r in reached)]
 
-        return Step((0, *(i + 1 for i in borrowed)), backward, forward)
+        return Step((0, *(i + 1 for i in borrowed)), backward, forward, tuple(branches))
 
 
 def choose(params, index, branches, *args):
@@ -256,7 +258,7 @@ class CustomJVP(Call):
 
         # Linear in the tangents, so nothing kept is a tangent: the indices skip over them.
         keep = tuple(i if i < n else i - len(tangents) for i in both.borrowed())
-        return Step(keep, backward, forward)
+        return Step(keep, backward, forward, inner=(both,))
 
 
 class Custom(Rule):

@@ -262,11 +262,14 @@ def _sum_images(fun, x, dy, shape, least):
     size = _images_per_chunk(x.shape[0], (x.nbytes + dy.nbytes) // x.shape[0], least)
     if size == x.shape[0]:
         return fun(x, dy)
-    total, _ = lax.scan(
-        lambda total, part: (total + _wide(fun(*part)), None),
-        varying_like(jnp.zeros(shape, _wide(dy).dtype), x, dy),
-        (_chunks(x, size), _chunks(dy, size)),
-    )
+
+    # Slices of x and ȳ as they are: as the operands of a scan, reshaped, they would be copied.
+    def add(i, total):
+        part = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, dy))
+        return total + _wide(fun(*part))
+
+    zero = varying_like(jnp.zeros(shape, _wide(dy).dtype), x, dy)
+    total = lax.fori_loop(0, x.shape[0] // size, add, zero)
     return total.astype(dy.dtype)
 
 

@@ -52,7 +52,7 @@ class Scan(Rule):
             site.params["length"], site.params["reverse"], site.params["unroll"],
             site.engine.shared_path(site.path),
         )
-        return Step(loop.keep, loop.backward, loop.forward)
+        return Step(loop.keep, loop.backward, loop.forward, inner=(loop.both,))
 
 
 def _active_carry(site):

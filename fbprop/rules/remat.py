@@ -48,7 +48,8 @@ class Remat(Call):
 
         results = [i for i in both.borrowed() if i >= n]
         # As it stands it is also saved from for derivatives of this derivative.
-        return Step((*range(n), *results), backward, forward if saving or results else None)
+        return Step((*range(n), *results), backward, forward if saving or results else None,
+                    inner=(both,))
 
 
 def _prevents_cse(param):

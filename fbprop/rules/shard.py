@@ -90,7 +90,7 @@ def _step(both, site):
         dins = iter(run(list(kept), list(new), list(douts)))
         return [next(dins) if r else None for r in both.reached]
 
-    return Step(borrowed, backward, forward)
+    return Step(borrowed, backward, forward, (both,))
 
 
 def _missing(spec, axes):

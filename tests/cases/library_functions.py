@@ -1,14 +1,30 @@
 """Rows of rules/library_functions.py."""
 
 import jax
+import jax.numpy as jnp
 
 from cases.case import Case, apart, real
 
 F64 = 8
+
+def erf_gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
 
 CASES = [
     Case("jax.nn.relu", jax.nn.relu, (apart(2, 3),), at=(((0.0,), {0: 0.0}), ((0.5,), {0: 1.0}))),
     Case("jax.nn.log_softmax", jax.nn.log_softmax, (real(2, 3),), kept=(6 + 2 * 2) * F64),
     Case("jax.nn.log_softmax", lambda x: jax.nn.log_softmax(x, axis=0), (real(2, 3),), "axis 0",
          kept=(6 + 2 * 3) * F64),
+    Case("jax.nn.gelu", jax.nn.gelu, (real(2, 3),), "tanh", at=(((0.0,), {0: 0.5}),)),
+    Case("jax.nn.gelu", erf_gelu, (real(2, 3),), "erf", at=(((0.0,), {0: 0.5}),)),
+    Case("jax.nn.gelu", erf_gelu, (real(3, scale=6),), "tails"),
+    Case("jax.nn.silu", jax.nn.silu, (real(2, 3),), at=(((0.0,), {0: 0.5}),)),
+    Case("jax.nn.softmax", jax.nn.softmax, (real(2, 3),)),
+    Case("jax.nn.softmax", lambda x: jax.nn.softmax(x, axis=0), (real(2, 3),), "axis 0"),
+    Case("jax.nn.softmax", lambda x: jax.nn.softmax(x, axis=(0, 2)), (real(2, 3, 5),), "two axes"),
+    Case("jax.numpy.var", lambda x: jnp.var(x, axis=1), (real(2, 5),)),
+    Case("jax.numpy.var", lambda x: jnp.var(x, axis=(0, 1), keepdims=True, ddof=1),
+         (real(2, 5, 3),), "two axes"),
+    Case("jax.numpy.var", jnp.var, (real(2, 5),), "all axes"),
 ]

@@ -1,0 +1,174 @@
+"""What `vjp` does with a function, equation by equation, without running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
+
+from fbprop import jaxcompat as jc
+from fbprop.library import CALLS, call_name
+from fbprop.reverse import vjp
+from fbprop.table import Table
+
+
+class Line(NamedTuple):
+    """One differentiated equation.
+
+    Attributes:
+      depth: how many equations it stands inside of.
+      path: named scopes around it.
+      primitive: its primitive, with the function's name for a call.
+      rule: name of the rule that differentiates it.
+      formulation: which of the rule's formulations, if it has several.
+      shapes: types of operands and results.
+      kept: bytes its rule keeps that no equation above keeps already. Inside another equation:
+        at each run of it, as a part of what that one keeps, unless it exists outside anyway.
+    """
+
+    depth: int
+    path: str
+    primitive: str
+    rule: str
+    formulation: str
+    shapes: str
+    kept: int
+
+
+class Explanation(NamedTuple):
+    """What `explain` found; ``str()`` of it is a table.
+
+    Attributes:
+      lines: the differentiated equations, in the order they run forward.
+      kept: bytes held by the pullback between the sweeps.
+    """
+
+    lines: tuple[Line, ...]
+    kept: int
+
+    def __str__(self):
+        head = ("path", "primitive", "rule", "formulation", "shapes", "bytes kept")
+        body = [
+            (x.path, "  " * x.depth + x.primitive, x.rule, x.formulation, x.shapes,
+             f"({x.kept:,})" if x.depth else f"{x.kept:,} ")
+            for x in self.lines
+        ]
+        body.append(("", "", "", "", "total", f"{self.kept:,} "))
+        widths = [max(map(len, column)) for column in zip(head, *body)]
+        return "\n".join(
+            "  ".join([*(c.ljust(w) for c, w in zip(cells[:-1], widths)),
+                       cells[-1].rjust(widths[-1])]).rstrip()
+            for cells in (head, *body)
+        )
+
+
+def explain(
+    fun: Callable,
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
+    rules: Table | None = None,
+    fallback: str | None = None,
+) -> Explanation:
+    """Which rule differentiates which equation of a function, and what it keeps.
+
+    Nothing is computed: the function is traced. Kept bytes are those between the two sweeps as
+    fbprop sees them, which is what its pullback holds; where both sweeps are compiled as one, XLA
+    may store less or more.
+
+    Args:
+      fun: pure function of pytrees of arrays, as for `vjp`.
+      *args: its arguments; arrays may be `jax.ShapeDtypeStruct`.
+      argnums: which positional argument(s) are differentiated.
+      rules, fallback: see `vjp`.
+
+    Returns:
+      An `Explanation`. Lines in brackets are inside the equation above them (a loop's body, a
+      branch, a jitted function): bytes at each run, which are counted there.
+
+    Raises:
+      MissingRule, TypeError: as `vjp`.
+
+    Example:
+      >>> import fbprop, jax, jax.numpy as jnp
+      >>> x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+      >>> print(fbprop.explain(lambda x: jnp.sum(jax.nn.relu(x) * 2.0), x))
+      path  primitive             rule         formulation  shapes                     bytes kept
+            custom_jvp_call relu  jax.nn.relu               f32[2,3] -> f32[2,3]              24
+            mul                   mul                       f32[2,3], 2.0 -> f32[2,3]          0
+            reduce_sum            reduce_sum                f32[2,3] -> f32[]                  0
+                                                            total                             24
+    """
+    if not callable(fun):
+        raise TypeError(f"explain is about a function, got {fun!r} expected a callable.")
+    chosen = _positions((argnums,) if isinstance(argnums, int) else argnums, args)
+    # Only what is differentiated or has no value is traced: other arguments may be static.
+    leaves, tree = tree_flatten([None if i in chosen else x for i, x in enumerate(args)])
+    types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+
+    def pullback(primals, values):
+        values = iter(values)
+        given = [next(values) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
+        others = tree_unflatten(tree, given)
+
+        def of_chosen(*primals):
+            at = dict(zip(chosen, primals))
+            return fun(*(at.get(i, x) for i, x in enumerate(others)))
+
+        return vjp(of_chosen, *primals, rules=rules, fallback=fallback)[1]
+
+    found = jax.eval_shape(pullback, [args[i] for i in chosen], types)
+    return Explanation(tuple(_lines(found.plan, found.kept, 0)), _bytes(tree_leaves(found.kept)))
+
+
+def _positions(argnums, args):
+    if wrong := [n for n in argnums if not -len(args) <= n < len(args)]:
+        raise ValueError(
+            f"argnums are positions of arguments, got {wrong[0]} expected one of {len(args)}: pass "
+            "the arguments of the function after it."
+        )
+    return [n % len(args) for n in argnums]
+
+
+def _lines(plan, kept, depth):
+    """A line per differentiated equation of a plan that keeps values of these types."""
+    extras, counted = iter(kept.extras), set()
+    for site, rule, step in filter(None, plan.steps):
+        atoms = (*site.eqn.invars, *site.eqn.outvars)
+        own = {v for v in (atoms[i] for i in step.keep) if jc.is_var(v)} - counted
+        counted |= own
+        extra = next(extras) if step.forward else ()
+        yield Line(
+            depth, site.path, _name(site.eqn), rule.name, rule.formulation(site), _shapes(site),
+            _bytes(v.aval for v in own) + _bytes(tree_leaves(extra)),
+        )
+        for number, both in enumerate(step.inner):
+            if len(step.inner) > 1:
+                total = _bytes(tree_leaves(both.kept))
+                yield Line(depth + 1, site.path, f"branch {number}", "", "", "", total)
+            yield from _lines(both.plan, both.kept, depth + 1 + (len(step.inner) > 1))
+
+
+def _name(eqn):
+    if eqn.primitive.name in CALLS:
+        return f"{eqn.primitive.name} {call_name(eqn)}"
+    length = eqn.params.get("length") if eqn.primitive.name == "scan" else None
+    return eqn.primitive.name if length is None else f"scan of {length}"
+
+
+def _shapes(site):
+    return " -> ".join(
+        ", ".join(_type(v) for v in atoms) for atoms in (site.eqn.invars, site.eqn.outvars)
+    )
+
+
+def _type(atom):
+    if not jc.is_var(atom):
+        return str(atom.val)
+    return atom.aval.str_short(short_dtypes=True)
+
+
+def _bytes(types):
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in types)

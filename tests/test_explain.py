@@ -1,0 +1,111 @@
+"""The table that `fbprop.explain` prints, and that its bytes are what the pullback holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import fbprop
+
+X, W = jnp.arange(15.0).reshape(3, 5) / 7, jnp.ones((5, 5)) / 5
+
+
+def network(w, x):
+    """Everything that contains equations, under a scope."""
+    with jax.named_scope("encoder"):
+        h = jax.nn.silu(x @ w)
+    h = jax.jit(lambda h: jnp.sin(h) * h)(h)
+    c, hs = lax.scan(lambda c, t: (jnp.tanh(c @ w + t),) * 2, h[0], h)
+    hs = lax.cond(c[0] > 0, jnp.sin, lambda hs: jnp.exp(hs) * 2.0, hs)
+    hs = jax.checkpoint(lambda hs: jnp.sin(jnp.sin(hs)))(hs)
+    return jnp.sum(jax.nn.log_softmax(hs))
+
+
+def held(fun, *primals):
+    return sum(x.nbytes for x in jax.tree.leaves(fbprop.vjp(fun, *primals)[1].kept))
+
+
+def rules(explanation, depth=0):
+    return [line.rule for line in explanation.lines if line.depth == depth]
+
+
+def test_bytes_are_those_that_the_pullback_holds():
+    for argnums, fun, primals in [
+        (0, lambda w: network(w, X), (W,)),
+        (1, lambda x: network(W, x), (X,)),
+        (-1, lambda x: network(W, x), (X,)),
+        ((0, 1), network, (W, X)),
+    ]:
+        explanation = fbprop.explain(network, W, X, argnums=argnums)
+        assert explanation.kept == held(fun, *primals)
+        assert sum(line.kept for line in explanation.lines if not line.depth) == explanation.kept
+
+
+def test_nested_equations_stand_below_those_that_contain_them():
+    lines = fbprop.explain(network, W, X).lines
+    for outer, depth, inner in [
+        ("jit <lambda>", 1, ["sin", "mul"]),
+        ("scan of 3", 1, ["dot_general", "add", "tanh"]),
+        ("branch 0", 2, ["exp", "mul"]),
+        ("branch 1", 2, ["sin"]),
+        ("remat2", 1, ["sin", "sin"]),
+    ]:
+        start = [line.primitive for line in lines].index(outer) + 1
+        found = lines[start : start + len(inner)]
+        assert [line.rule for line in found] == inner
+        assert {line.depth for line in found} == {depth}
+
+
+def test_paths_rules_formulations_and_shapes():
+    first, *_ = fbprop.explain(network, W, X).lines
+    assert first[:4] == (0, "encoder", "dot_general", "dot_general")
+    assert first.shapes == "f32[3,5], f32[5,5] -> f32[3,5]"
+    assert "jax.nn.silu" in rules(fbprop.explain(network, W, X))
+    image, kernel = jnp.ones((2, 5, 5, 3)), jnp.ones((1, 1, 3, 2))
+    conv = lambda x, w: lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    (line,) = fbprop.explain(conv, image, kernel).lines
+    assert line.formulation == "matmul"
+    assert "matmul" in str(fbprop.explain(conv, image, kernel))
+
+
+def test_a_value_kept_by_two_rules_is_counted_once():
+    fun = lambda x: jnp.sum(jnp.tanh(x) ** 2)
+    explanation = fbprop.explain(fun, X)
+    assert explanation.kept == X.nbytes == held(fun, X)
+    assert [line.kept for line in explanation.lines] == [X.nbytes, 0, 0]
+
+
+def test_nothing_is_computed_and_types_are_enough():
+    large = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)
+    fun = lambda scale, x, axis: jnp.sum(scale * jnp.sin(x), axis)
+    assert fbprop.explain(fun, large, large, 1).kept == 2**42
+    assert fbprop.explain(fun, 2.0, large, None, argnums=(0, 1)).kept == 2 * 2**42 + 4
+
+
+def test_the_table_is_aligned_and_ends_in_the_total():
+    head, *body, last = str(fbprop.explain(network, W, X)).splitlines()
+    assert head.split("  ")[0] == "path"
+    assert all(line[: head.index("shapes")].endswith("  ") for line in body)
+    total = fbprop.explain(network, W, X).kept
+    assert last.split() == ["total", f"{total:,}"]
+
+
+def test_other_rules_show():
+    mine = fbprop.rule("tanh", "", x=lambda dy, x: dy / jnp.square(jnp.cosh(x)))
+    table = fbprop.table.override(mine)
+    fun = lambda x: jnp.tanh(2.0 * x)
+    ours, theirs = (fbprop.explain(fun, X, rules=r) for r in (None, table))
+    assert ours.kept == theirs.kept == X.nbytes
+    y = jnp.tanh(2.0 * X)
+    np.testing.assert_allclose(fbprop.vjp(fun, X)[1].kept.values[0], y)
+    np.testing.assert_allclose(fbprop.vjp(fun, X, rules=table)[1].kept.values[0], 2.0 * X)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="got 1 expected one of 1"):
+        fbprop.explain(jnp.sin, X, argnums=1)
+    with pytest.raises(TypeError, match="got 3 expected a callable"):
+        fbprop.explain(3, X)
