@@ -31,6 +31,29 @@ def silu(draw, B, D):
     return operation(jax.nn.silu, [x], bytes=_passes(x))
 
 
+@row(smoke=[(3, 2, 5)], small=[(8, 64, 128)], full=[(12, 512, 512)])
+def gated_layers(draw, L, B, D):
+    """Gated layers, silu(x W) · (x V), in one scan over their stacked weights: what is kept."""
+    weights, x = draw.weight(2, L, D, D), draw.normal(B, D)
+
+    def network(weights, x):
+        return jax.lax.scan(lambda x, w: (x + jax.nn.silu(x @ w[0]) * (x @ w[1]), None), x,
+                            weights.swapaxes(0, 1))[0]
+
+    return operation(network, [weights, x], tolerance=1e-4, flops=3 * 2 * L * 2 * B * D * D)
+
+
+@row(smoke=[(3, 2, 5)], small=[(8, 64, 128)], full=[(12, 512, 512)])
+def gelu_layers(draw, L, B, D):
+    """Layers gelu(x W), by tanh as in GPT-2, in one scan over their stacked weights."""
+    weights, x = draw.weight(L, D, D) * L**0.5, draw.normal(B, D)
+
+    def network(weights, x):
+        return jax.lax.scan(lambda x, w: (x + jax.nn.gelu(x @ w), None), x, weights)[0]
+
+    return operation(network, [weights, x], tolerance=1e-4, flops=3 * 2 * L * B * D * D)
+
+
 @row(**MATRICES)
 def softplus(draw, B, D):
     x = draw.normal(B, D)
