@@ -13,7 +13,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description="fbprop against jax.grad of the same plain code.",
         epilog="python -m benchmarks compare A.json B.json: what moved. "
-               "python -m benchmarks markdown A.json: the table for a README.")
+               "python -m benchmarks markdown A.json [PATTERN]: the table for a README.")
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name contains it "
                         "(several: a,b); the whole name with = in front")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what JAX takes")
@@ -70,10 +70,12 @@ def main(argv):
 def _report(command, *files):
     from benchmarks import report
 
+    pattern = files[1:] if command == "markdown" and len(files) == 2 else ()
+    files = files[: len(files) - len(pattern)]
     expected = {"compare": 2, "markdown": 1}[command]
     if len(files) != expected:
         sys.exit(f"{command} takes results files, got {len(files)} expected {expected}.")
-    print(*getattr(report, command)(*map(report.read, files)), sep="\n")
+    print(*getattr(report, command)(*map(report.read, files), *pattern), sep="\n")
     return 0
 
 

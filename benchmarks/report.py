@@ -188,8 +188,13 @@ def _changes(a, b):
             yield f"memory ratio {old:.3f} -> {new:.3f}", new / old
 
 
-def markdown(records: list[dict]) -> list[str]:
-    """The records as a Markdown table, for the README."""
+def markdown(records: list[dict], only: str = "") -> list[str]:
+    """The records as a Markdown table, for the README.
+
+    Args:
+      only: parts of names of rows, separated by commas; all rows by default.
+    """
+    records = [r for r in records if any(p in r["row"] for p in only.split(","))]
     lines = ["| row | size | against | time | temporary memory |", "|---|---|---|---|---|"]
     for r in records:
         if "error" not in r:

@@ -97,7 +97,7 @@ def plot(curves, file):
     for name, values in curves.items():
         panel = left if name == "loss" else right
         panel.plot(range(1, len(values) + 1), values, label=name)
-    left.set(xlabel="epoch", ylabel="training loss (nats), with dropout and shifts", yscale="log")
+    left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
     right.set(xlabel="epoch", ylabel="accuracy")
     right.legend()
     figure.savefig(file, dpi=120)

@@ -124,6 +124,7 @@ def test_geometric_means_and_the_markdown_table():
     (mean,) = report.means(both)
     assert "time 1.000 (worst 2.000), memory 0.500 (worst 1.000)" in mean
     assert "| tanh | B5 D7 | jax | 0.50 |" in report.markdown(both)[2]
+    assert len(report.markdown(both, "relu,sin")) == 3
 
 
 def test_compare_says_what_moved():
@@ -181,6 +182,9 @@ def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
     assert "step rows against jax (1): geometric mean time" in out
     assert command("compare", path, path) == "nothing moved\n"
     assert command("markdown", path).startswith("| row | size |")
+    steps = command("markdown", path, "step")
+    assert "mlp_step" in steps
+    assert "where" not in steps
 
 
 def test_the_command_says_what_it_cannot_do():

@@ -1,0 +1,135 @@
+"""PyTorch's steps on images."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.peers import VIT_HEADS
+from benchmarks.peers.torch_layers import (
+    Block,
+    classified,
+    dense,
+    eager,
+    layer_norm,
+    mlp,
+    tensor,
+    trained,
+    trained_epoch,
+)
+
+
+def _images(x):
+    """NCHW from NHWC, after any leading axes."""
+    return tensor(x).movedim(-1, -3).contiguous()
+
+
+def _convolution(kernel, **options):
+    H, _, D, E = kernel.shape
+    layer = nn.Conv2d(D, E, H, bias=False, **options)
+    layer.weight.data = tensor(kernel).permute(3, 2, 0, 1).contiguous()
+    return layer
+
+
+class Convnet(nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        kernels, layers = params
+        self.convolutions = nn.ModuleList(_convolution(w, padding="same") for w in kernels)
+        self.dense = mlp(layers)
+
+    def forward(self, x):
+        for layer in self.convolutions:
+            x = F.max_pool2d(F.relu(layer(x)), 2)
+        return self.dense(x.permute(0, 2, 3, 1).flatten(1))  # our flattening is of NHWC
+
+
+def convnet_step(params, batch, wrap=eager):
+    x, labels = batch
+    return trained(Convnet(params), [_images(x), tensor(labels)], classified, wrap)
+
+
+def convnet_epoch(params, batches, wrap=eager):
+    x, labels = batches
+    return trained_epoch(Convnet(params), [_images(x), tensor(labels)], classified, wrap)
+
+
+def _batch_norm(scale, bias):
+    layer = nn.BatchNorm2d(len(scale), track_running_stats=False)
+    layer.weight.data, layer.bias.data = tensor(scale), tensor(bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.norms = nn.ModuleList(_batch_norm(*p[n]) for n in ("norm1", "norm2"))
+        self.last = _convolution(p["conv2"], padding=1)
+        self.project = None
+        if "project" in p:
+            self.project = _convolution(p["project"], stride=2)
+            # SAME at stride 2 pads the far side alone: padding=1 would be another network.
+            self.first = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)),
+                                       _convolution(p["conv1"], stride=2))
+        else:
+            self.first = _convolution(p["conv1"], padding=1)
+
+    def forward(self, x):
+        y = F.relu(self.norms[0](self.first(x)))
+        y = self.norms[1](self.last(y))
+        return F.relu(y + (self.project(x) if self.project else x))
+
+
+class ResNet(nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        self.stem, self.norm = _convolution(params["stem"], padding=1), _batch_norm(*params["norm"])
+        self.blocks = nn.Sequential(*map(ResidualBlock, params["blocks"]))
+        self.head = dense(*params["head"][0])
+
+    def forward(self, x):
+        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def resnet_step(params, batch, wrap=eager):
+    x, labels = batch
+    return trained(ResNet(params), [_images(x), tensor(labels)], classified, wrap)
+
+
+class ViT(nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        pixels, D = params["patches"].shape
+        patch = math.isqrt(pixels // 3)
+        kernel = params["patches"].reshape(patch, patch, 3, D)
+        self.patches = _convolution(kernel, stride=patch)
+        self.positions = nn.Parameter(tensor(params["positions"]))
+        self.blocks = nn.Sequential(
+            *(Block(p, VIT_HEADS[D], causal=False) for p in params["blocks"])
+        )
+        self.norm, self.head = layer_norm(*params["norm"]), dense(*params["head"][0])
+
+    def forward(self, x):
+        x = self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.positions)
+        return self.head(self.norm(x).mean(1))
+
+
+def vit_step(params, batch, wrap=eager):
+    x, labels = batch
+    return trained(ViT(params), [_images(x), tensor(labels)], classified, wrap)
+
+
+def vae_step(params, batch, wrap=eager):
+    def loss(model, x, noise):
+        encoder, decoder = model
+        mean, log_variance = encoder(x).chunk(2, -1)
+        logits = decoder(mean + torch.exp(0.5 * log_variance) * noise)
+        pixels = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        divergence = 0.5 * torch.sum(log_variance.exp() + mean**2 - 1 - log_variance)
+        return (pixels + divergence) / len(x)
+
+    return trained(nn.ModuleList(map(mlp, params)), map(tensor, batch), loss, wrap)
