@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import fbprop
 
@@ -147,6 +149,39 @@ def test_second_derivatives_of_a_loop_in_chunks():
         return jax.jit(grad(along))(p)
 
     chex.assert_trees_all_close(of(fbprop.grad), of(jax.grad), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_loop_in_chunks_on_every_device(check_vma):
+    p = {"w": draw(0, 3, 5), "u": draw(1, 5, 5) / 2, "b": draw(2, 5)}
+    xs, h = draw(4, 16, 8, 3), jnp.zeros((8, 5))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    share = P(None, "data")
+
+    def over_devices(p, xs):
+        def each(p, h, xs):
+            return lax.psum(over_time(looked_up, p, h, xs), "data")
+
+        return jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data"), share), out_specs=P(),
+                             check_vma=check_vma)(p, h, xs)
+
+    expected = jax.grad(lambda p, xs: over_time(looked_up, p, h, xs), (0, 1))(p, xs)
+    got = jax.jit(fbprop.grad(over_devices, (0, 1)))(p, xs)
+    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 2)])
+def test_a_batch_of_loops_in_chunks(axes):
+    p = {"w": draw(0, 3, 5), "u": draw(1, 5, 5) / 2, "b": draw(2, 5)}
+    xs, h = draw(4, 16, 2, 3), jnp.zeros((2, 5))
+    p = p if axes[0] is None else jax.tree.map(lambda x: jnp.stack([x, 2 * x]), p)
+    xs = xs if axes[1] is None else jnp.stack([xs, 2 * xs], 2)
+
+    def gradients(grad):
+        one = lambda p, xs: grad(lambda p: over_time(looked_up, p, h, xs))(p)
+        return jax.jit(jax.vmap(one, axes))(p, xs)
+
+    chex.assert_trees_all_close(gradients(fbprop.grad), gradients(jax.grad), rtol=2e-5, atol=2e-6)
 
 
 def test_a_constant_of_a_gate_is_not_kept_twice():
