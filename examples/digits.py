@@ -91,7 +91,6 @@ def worst_pair(predicted, label):
 
 def plot(curves, file):
     from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, values in curves.items():
@@ -105,6 +104,7 @@ def plot(curves, file):
 
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", metavar="FILE", help=".npz of other ones; default: embedded")
     parser.add_argument("--optimizer", choices=("adam", "sgd"), default="adam")
     parser.add_argument("--learning-rate", type=float, help="peak; adam 0.002, sgd 0.05")
     parser.add_argument("--epochs", type=int, default=40)
@@ -124,7 +124,7 @@ def main():
     print(f"device: {jax.devices()[0].device_kind}")
 
     # Data go to the device once; parameters are drawn for the shape of an image.
-    train_set, test_set = jax.device_put(data.digits())
+    train_set, test_set = jax.device_put(data.digits(options.data))
     init_key, order_key, run_key = jax.random.split(jax.random.key(options.seed), 3)
     params = network.init(init_key, train_set["image"])
 

@@ -53,9 +53,9 @@ def make_loss(network, smoothing, shift):
     return loss
 
 
-def few_images(seed, n=200):
+def few_images(seed, file, n=200):
     """n of the 1,797 images to train, as many held out to stop by, and the others to test on."""
-    images = jax.tree.map(lambda *parts: np.concatenate(parts), *data.digits())
+    images = jax.tree.map(lambda *parts: np.concatenate(parts), *data.digits(file))
     order = np.random.default_rng(seed).permutation(len(images["label"]))
     parts = order[:n], order[n : 2 * n], order[2 * n :]
     return [{k: v[part] for k, v in images.items()} for part in parts]
@@ -112,6 +112,7 @@ def plot(results, file):
 
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", metavar="FILE", help=".npz of other digits; default: embedded")
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0, help="of images, parameters and training")
     parser.add_argument("--smoke", action="store_true", help="two short runs, to see that it works")
@@ -126,7 +127,7 @@ def parse_options():
 def main():
     options, start = parse_options(), time.perf_counter()
     names = ("nothing", "all of them") if options.smoke else VARIANTS
-    sets, results = few_images(options.seed), {}
+    sets, results = few_images(options.seed, options.data), {}
     print(f"{'':16s}  training  test    gap     loss in training and test")
     for name in names:
         results[name] = history, on_train, on_test = run(VARIANTS[name], sets, options)

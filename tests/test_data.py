@@ -113,3 +113,24 @@ def test_errors():
         data.iterate(np.arange(2), 3)
     with pytest.raises(ValueError, match=r"got first axes of \[2, 3\] expected one length"):
         data.iterate((np.arange(2), np.arange(3)), 1)
+
+
+def test_digits_of_a_file(tmp_path):
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 17, (23, 8, 8), np.uint8), np.arange(23) % 10
+    np.savez(tmp_path / "mine.npz", image=image, label=label)
+    train, test = data.digits(tmp_path / "mine.npz")
+    assert (len(train["label"]), len(test["label"])) == (18, 5)
+    both = np.concatenate([train["image"], test["image"]]) * 16
+    assert sorted(map(bytes, both.astype(np.uint8))) == sorted(map(bytes, image))
+
+
+@pytest.mark.parametrize("arrays", [
+    {"image": np.zeros((3, 8, 8))}, {"label": np.zeros(3)},
+    {"image": np.zeros((3, 7, 8)), "label": np.zeros(3)},
+    {"image": np.zeros((3, 8, 8)), "label": np.zeros(2)},
+])
+def test_digits_of_a_file_that_holds_something_else(arrays, tmp_path):
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(ValueError, match=r"image \[n, 8, 8\] and label \[n\], got .* expected"):
+        data.digits(tmp_path / "other.npz")

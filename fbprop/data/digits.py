@@ -7,18 +7,27 @@ packaged by scikit-learn. 32 x 32 bitmaps counted in blocks of 4 x 4, hence 17 g
 
 from __future__ import annotations
 
+import os
+import pathlib
 from importlib import resources
 
 import numpy as np
 
-_TEST = 360  # of 1,797: a fifth
 
-
-def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def digits(
+    file: str | os.PathLike | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Handwritten digits of 8 x 8 pixels, 1,437 to train and 360 to test on.
 
     The split is always the same, and stratified: each digit's share of the test set is within one
     image of its share of the whole.
+
+    Args:
+      file: an .npz file of other ones: ``image`` [n, 8, 8] in 0..16, ``label`` [n] integers. A
+        fifth is the test set. None: the embedded ones.
+
+    Raises:
+      ValueError: the file holds something else.
 
     Returns:
       ``(train, test)``, each ``{"image": float32 [n, 8, 8, 1] in 0..1, "label": int32 [n]}`` of
@@ -30,9 +39,16 @@ def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
       >>> train["image"].shape, test["label"].shape
       ((1437, 8, 8, 1), (360,))
     """
-    with resources.files("fbprop.data").joinpath("digits.npz").open("rb") as file:
-        stored = np.load(file)
-        image, label = stored["image"], stored["label"].astype(np.int32)
+    source = resources.files("fbprop.data") / "digits.npz" if file is None else pathlib.Path(file)
+    with source.open("rb") as opened:
+        stored = dict(np.load(opened))
+    shapes = {name: stored[name].shape for name in ("image", "label") if name in stored}
+    if shapes.get("image", ())[1:] != (8, 8) or shapes.get("label") != shapes["image"][:1]:
+        raise ValueError(
+            f"Digits are arrays image [n, 8, 8] and label [n], got {shapes} expected these in "
+            f"{file}: store them with np.savez(file, image=..., label=...)."
+        )
+    image, label = stored["image"], stored["label"].astype(np.int32)
     image = image.astype(np.float32)[..., None] / 16
     train, test = _split(label)
     return tuple({"image": image[i], "label": label[i]} for i in (train, test))
@@ -46,5 +62,6 @@ def _split(label):
     n = len(label)
     shuffled = np.random.RandomState(0).permutation(n)
     by_label = shuffled[np.argsort(label[shuffled], kind="stable")]
-    chosen = np.arange(_TEST) * n // _TEST
+    test = -(-n // 5)
+    chosen = np.arange(test) * n // test
     return np.sort(np.delete(by_label, chosen)), np.sort(by_label[chosen])
