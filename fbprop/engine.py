@@ -177,8 +177,9 @@ class Engine(NamedTuple):
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):
                     if jc.is_var(v) and not ct.is_zero(din):
-                        din = din if v in plan.factored else ct.evaluated(din)
-                        acc[v] = ct.add(acc.get(v, ct.ZERO), din)
+                        # Added before it is evaluated: rows go into what is there already.
+                        total = ct.add(acc.get(v, ct.ZERO), din)
+                        acc[v] = total if v in plan.factored else ct.evaluated(total)
         return [acc.get(v, ct.ZERO) for v in body.invars]
 
 
