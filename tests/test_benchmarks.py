@@ -187,6 +187,13 @@ def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
     assert "where" not in steps
 
 
+def test_the_readmes_table_is_that_of_the_results_file():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = command("markdown", "benchmarks/results/cpu-jax0.10.2.json", "_step,_epoch")
+    assert len(table.splitlines()) > 20
+    assert table in readme
+
+
 def test_the_command_says_what_it_cannot_do():
     assert "--only names a row, got 'nothing'" in command("--only", "nothing", status=1)
     assert "compare takes results files, got 1 expected 2" in command("compare", "a", status=1)
