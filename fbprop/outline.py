@@ -26,7 +26,9 @@ from fbprop.library import (
     same_equation,
 )
 
-FURTHEST = 16  # equations that may stand between two of a function's
+# Equations that may stand between two of a function's. JAX traces a call without interruption; what
+# comes between are operands computed late, or a loop's body written out. It bounds the search.
+FURTHEST = 16
 
 
 def outlined(jaxpr, functions: Mapping[str, list[str]]):

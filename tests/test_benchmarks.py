@@ -84,7 +84,7 @@ def test_a_peer_must_have_the_same_loss(squares_row):
 
 
 def test_a_missing_peer_is_said(monkeypatch):
-    monkeypatch.setitem(MODULES, "nobody", "nobody_steps")
+    monkeypatch.setitem(MODULES, "nobody", ["nobody_steps"])
     assert "nobody_steps" in missing(["nobody"])["nobody"]
     assert step("nobody", "mlp_step") is None
 

@@ -1,6 +1,6 @@
 """The same training steps as users of other libraries write them.
 
-A peer is a module with one function per row it has a version of, named as the row. From our
+A peer's version of a row is a function, named as the row, in one of its modules: from our
 parameters and batch it returns a function of no arguments that does one step, waits, and returns
 the loss before the step.
 """
@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import importlib
 
-MODULES = {"flax": "flax_steps", "equinox": "equinox_steps", "torch": "torch_steps",
-           "torch.compile": "torch_compiled_steps"}
+
+def _modules(name):
+    return [f"{name}_{kind}_steps" for kind in ("image", "sequence", "other")]
+
+
+MODULES = {"flax": _modules("flax"), "equinox": _modules("equinox"), "torch": _modules("torch"),
+           "torch.compile": ["torch_compiled_steps"]}
 VIT_HEADS = {8: 2, 64: 4, 192: 6}  # by width, as the row's sizes have it: parameters do not show it
 
 
@@ -21,11 +26,11 @@ def missing(peers) -> dict[str, str]:
 
 def step(peer: str, row: str):
     """``(params, batch) -> run`` of a peer, None if it has no version of the row."""
-    return getattr(_load(peer)[0], row, None)
+    return next((found for m in _load(peer)[0] if (found := getattr(m, row, None))), None)
 
 
 def _load(peer):
     try:
-        return importlib.import_module(f"benchmarks.peers.{MODULES[peer]}"), None
+        return [importlib.import_module(f"benchmarks.peers.{m}") for m in MODULES[peer]], None
     except ImportError as error:
-        return None, error
+        return [], error

@@ -24,6 +24,14 @@ from benchmarks.peers.equinox_layers import (
 )
 
 
+def mlp_step(params, batch):
+    return trained(*classified(MLP(params), lambda model, x: model(x)), batch)
+
+
+def mlp_epoch(params, batches):
+    return trained_epoch(*classified(MLP(params), lambda model, x: model(x)), batches)
+
+
 def _channels_first(batch):
     images, labels = batch
     return jnp.moveaxis(images, -1, -3), labels

@@ -13,6 +13,14 @@ from benchmarks.peers.adam_steps import trained, trained_epoch
 from benchmarks.peers.flax_layers import MLP, Block, blocks, classified, dense, mlp, norm, sizes
 
 
+def mlp_step(params, batch):
+    return trained(classified(MLP(sizes(params))), mlp(params), batch)
+
+
+def mlp_epoch(params, batches):
+    return trained_epoch(classified(MLP(sizes(params))), mlp(params), batches)
+
+
 class Convnet(nn.Module):
     @nn.compact
     def __call__(self, x):

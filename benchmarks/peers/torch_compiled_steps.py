@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
-from benchmarks.peers import torch_steps
+from benchmarks.peers import step
 from benchmarks.peers.torch_layers import mlp, tensor, trained
 
 
 def __getattr__(row):
     """Any other row that PyTorch has."""
-    if row not in torch_steps.__all__:
+    if not (eager := step("torch", row)):
         raise AttributeError(f"PyTorch has no version of {row}")
-    return functools.partial(getattr(torch_steps, row), wrap=torch.compile)
+    return functools.partial(eager, wrap=torch.compile)
 
 
 def physics_informed_step(params, batch):

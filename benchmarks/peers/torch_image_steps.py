@@ -22,6 +22,14 @@ from benchmarks.peers.torch_layers import (
 )
 
 
+def mlp_step(params, batch, wrap=eager):
+    return trained(mlp(params), map(tensor, batch), classified, wrap)
+
+
+def mlp_epoch(params, batches, wrap=eager):
+    return trained_epoch(mlp(params), map(tensor, batches), classified, wrap)
+
+
 def _images(x):
     """NCHW from NHWC, after any leading axes."""
     return tensor(x).movedim(-1, -3).contiguous()

@@ -53,7 +53,8 @@ def _var(dy, x, *, axis, keepdims, ddof):
 
 class LogSoftmax(Rule):
     """x and two numbers per row are kept, so that y need not exist where only a few elements of it
-    are used, as in a loss by integer labels: 4096 x 1000 of them take 0.3 of `jax.grad`'s time.
+    are used, as in a loss by integer labels: 4096 x 1000 take 0.3 of `jax.grad`'s time and 0.004
+    of its memory (`python -m benchmarks --only cross_entropy`).
     """
 
     takes_factored = True

@@ -47,9 +47,9 @@ class Remat(Call):
             return both.backward(both.leaves([at[i] for i in both.borrowed()], new), douts)
 
         results = [i for i in both.borrowed() if i >= n]
-        # As it stands it is also saved from for derivatives of this derivative.
-        return Step((*range(n), *results), backward, forward if saving or results else None,
-                    inner=(both,))
+        # With nothing to save it runs as it stands: a derivative of this one meets it as `remat`.
+        forward = forward if saving or results else None
+        return Step((*range(n), *results), backward, forward, inner=(both,))
 
 
 def _prevents_cse(param):

@@ -63,10 +63,10 @@ class Sweep:
         self.step, dins = jax.make_jaxpr(step, return_shape=True)(
             [v.aval for v in loop.both.stored], dcarry, dys
         )
-        outs, self.invars = jc.open_jaxpr(self.step).outvars, jc.open_jaxpr(self.step).invars
+        outs, invars = jc.open_jaxpr(self.step).outvars, jc.open_jaxpr(self.step).invars
         # The cotangents of the body's inputs, atoms of the step's jaxpr in place of arrays.
         self.dins = jax.tree.unflatten(jax.tree.structure(dins), outs)
-        self.leaf = {v: i for i, v in enumerate(self.invars[: len(leaves)])}
+        self.leaf = {v: i for i, v in enumerate(invars[: len(leaves)])}
         a, b = loop.n_consts, loop.n_consts + loop.n_carry
         self.late = [self._is_late(d, i < a) and not a <= i < b for i, d in enumerate(self.dins)]
         late = [d for d, late in zip(self.dins, self.late) if late]
@@ -102,9 +102,7 @@ class Sweep:
         """Some steps, and after them the products that could wait."""
         a, b = self.loop.n_consts, self.loop.n_consts + self.loop.n_carry
         dconsts, dcarry = state
-        now = [
-            ct.ZERO if late else total for total, late in zip(dconsts, self.late)
-        ]
+        now = [ct.ZERO if late else total for total, late in zip(dconsts, self.late)]
 
         def body(state, xs):
             dconsts, dcarry = state
@@ -130,11 +128,9 @@ class Sweep:
     def _one_step(self, dcarry, stepping, dys):
         """Cotangents of the body's inputs, ZERO where they wait, and the factors to collect."""
         a, b = self.loop.n_consts, self.loop.n_consts + self.loop.n_carry
-        its = iter(stepping)
-        leaves = [next(its) if s else x for x, s in zip(self.leaves, self.stepping)]
         dins = [ct.ZERO if late else d for d, late in zip(self.dins, self.late)]
         atoms, tree = jax.tree.flatten(dins)
-        args = jax.tree.leaves((leaves, dcarry, dys))
+        args = jax.tree.leaves((self._leaves(stepping), dcarry, dys))
         values = evaluate(self.step, args, [*atoms, *self.collected])
         dins = [*map(ct.evaluated, jax.tree.unflatten(tree, values[: len(atoms)]))]
         fill = [
@@ -145,9 +141,12 @@ class Sweep:
         carry = [d if w else ct.ZERO for d, w in zip(dins[a:b], self.loop.wanted_carry)]
         return [*dins[:a], *carry, *dins[b:]], values[len(atoms) :]
 
+    def _leaves(self, stepping):
+        """All leaves, of one step or of several, from those of them that have steps."""
+        its = iter(stepping)
+        return [next(its) if s else x for x, s in zip(self.leaves, self.stepping)]
+
     def _factors(self, stepping, collected):
         """Values of the factors that were waited for, by atom; those of steps along axis 0."""
-        its = iter(stepping)
-        whole = [next(its) if s else x for x, s in zip(self.leaves, self.stepping)]
-        values = {v: whole[i] for v, i in self.leaf.items()}
-        return values | dict(zip(self.collected, collected))
+        leaves = self._leaves(stepping)
+        return {v: leaves[i] for v, i in self.leaf.items()} | dict(zip(self.collected, collected))
