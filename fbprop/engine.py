@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fbprop import cotangent as ct
 from fbprop import jaxcompat as jc
 from fbprop.fallback import FALLBACK
+from fbprop.recompute import Values, split
 from fbprop.rule import Site, Step
 from fbprop.table import MissingRule, Table
 
@@ -60,13 +61,16 @@ class Plan:
 
     Attributes:
       steps: per equation, None (only evaluate it) or (site, rule, step).
-      keep: the variables kept, each once however many rules ask for it.
+      keep: the variables kept, each once however many rules ask for it; made: equations by which
+        the others that rules ask for are made again from these (`fbprop.recompute`).
       reached: per input, whether it can get a cotangent.
       factored: the variables whose cotangents may stay unevaluated: the inputs for which the
         caller said so, and the results of equations whose rules take them.
     """
 
-    def __init__(self, flow: Flow, wanted: tuple[bool, ...], factored: tuple[bool, ...] = ()):
+    def __init__(
+        self, flow: Flow, wanted: tuple[bool, ...], factored: tuple[bool, ...], at_hand: bool
+    ):
         self.jaxpr, self.wanted = flow.jaxpr, wanted
         body = jc.open_jaxpr(flow.jaxpr)
         reached = flow.reach(wanted)
@@ -87,7 +91,8 @@ class Plan:
             atoms = (*eqn.invars, *eqn.outvars)
             keep.update((atoms[i], None) for i in step.keep if jc.is_var(atoms[i]))
             self.steps.append((site, rule, step))
-        self.keep = tuple(keep)
+        inputs = (*body.invars, *body.constvars) if at_hand else ()
+        self.keep, self.made = split(body, self.steps, keep, inputs)
 
 
 class Kept(NamedTuple):
@@ -129,8 +134,8 @@ class Engine(NamedTuple):
             return self.plan_once(jaxpr, active, wanted, path)  # for the full path in the message
 
     def plan_once(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
-        """The plan of a jaxpr that will not be met again."""
-        return Plan(Flow(self, jaxpr, active, path), wanted, factored)
+        """The plan of a jaxpr that will not be met again, a user's: its inputs exist anyway."""
+        return Plan(Flow(self, jaxpr, active, path), wanted, factored, at_hand=True)
 
     def forward(self, plan: Plan, args) -> tuple[list, Kept]:
         """Evaluate the jaxpr; returns its results and what the backward sweep needs."""
@@ -159,7 +164,7 @@ class Engine(NamedTuple):
         They are arrays, or `Factored` where the plan says that these are welcome.
         """
         body = jc.open_jaxpr(plan.jaxpr)
-        values, extras = dict(zip(plan.keep, kept.values)), list(kept.extras)
+        values, extras = Values(plan.keep, plan.made, kept.values), list(kept.extras)
         acc: dict = {}
         for v, dout, w in zip(body.outvars, cotangents, plan.wanted):
             if w and jc.is_var(v):
@@ -173,7 +178,8 @@ class Engine(NamedTuple):
             if all(map(ct.is_zero, douts)):
                 continue
             atoms = (*eqn.invars, *eqn.outvars)
-            wants = [values[atoms[i]] if jc.is_var(atoms[i]) else atoms[i].val for i in step.keep]
+            wants = [values.of(atoms[i], douts) for i in step.keep]
+            values.forget(eqn)
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):
                     if jc.is_var(v) and not ct.is_zero(din):
@@ -221,4 +227,4 @@ def _flow(engine, jaxpr, active, path):
 
 @functools.lru_cache(2048)
 def _plan(engine, jaxpr, active, wanted, path, factored):
-    return Plan(Flow(engine, jaxpr, active, path), wanted, factored)
+    return Plan(Flow(engine, jaxpr, active, path), wanted, factored, at_hand=False)

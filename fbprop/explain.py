@@ -11,6 +11,7 @@ from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from fbprop import jaxcompat as jc
 from fbprop.library import CALLS, call_name
+from fbprop.recompute import stored_for
 from fbprop.reverse import vjp
 from fbprop.table import Table
 
@@ -25,8 +26,9 @@ class Line(NamedTuple):
       rule: name of the rule that differentiates it.
       formulation: which of the rule's formulations, if it has several.
       shapes: types of operands and results.
-      kept: bytes its rule keeps that no equation above keeps already. Inside another equation:
-        at each run of it, as a part of what that one keeps, unless it exists outside anyway.
+      kept: bytes kept for its rule that are not kept for an equation above already; of a value
+        that is made again, those it is made from. Inside another equation: at each run of it, as a
+        part of what that one keeps, unless it exists outside anyway.
     """
 
     depth: int
@@ -137,7 +139,7 @@ def _lines(plan, kept, depth):
     extras, counted = iter(kept.extras), set()
     for site, rule, step in filter(None, plan.steps):
         atoms = (*site.eqn.invars, *site.eqn.outvars)
-        own = {v for v in (atoms[i] for i in step.keep) if jc.is_var(v)} - counted
+        own = {v for i in step.keep for v in stored_for(atoms[i], plan.made)} - counted
         counted |= own
         extra = next(extras) if step.forward else ()
         yield Line(

@@ -49,8 +49,8 @@ class Halves:
         for kind, atoms in (("out", self.outs), ("in", body.invars)):
             known.update((v, Source(kind, i)) for i, v in enumerate(atoms) if jc.is_var(v))
         self.new, self.sources = [], []
-        self._leaves, self.stored = leaves, _stored(body, leaves, known)
-        for v in self.stored:
+        self.stored = leaves
+        for v in leaves:
             if not jc.is_var(v) or v not in known:
                 source = Source("new", len(self.new))
                 self.new.append(v)
@@ -93,22 +93,7 @@ class Halves:
 
     def backward(self, leaves, douts):
         """Cotangents of the inputs, from kept leaves and cotangents of the results."""
-        known = {v: x for v, x in zip(self.stored, leaves) if jc.is_var(v)}
-        leaves = evaluate(self.body, (), self._leaves, known)
         return self.engine.backward(self.plan, tree_unflatten(self.tree, leaves), douts)
-
-
-def _stored(body, leaves, outside):
-    """The leaves without those that are another one plus, minus or times a constant.
-
-    A gate z and 1 − z, in every gated unit: the second is computed again, unless it exists outside.
-    """
-    kept, again = {v for v in leaves if jc.is_var(v)}, set()
-    for eqn in body.eqns:
-        operands = [v for v in eqn.invars if jc.is_var(v)]
-        if eqn.primitive.name in ("add", "mul", "neg", "sub") and len(operands) == 1:
-            again.update(v for v in eqn.outvars if operands[0] in kept and v not in outside)
-    return [v for v in leaves if not jc.is_var(v) or v not in again]
 
 
 def halves(engine, jaxpr, active, wanted, path="", factored=()) -> Halves:
