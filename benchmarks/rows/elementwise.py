@@ -97,6 +97,12 @@ def logsumexp(draw, B, D):
 
 
 @row(**MATRICES)
+def norm(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(lambda x: jnp.linalg.norm(x, axis=1), [x], bytes=2 * x.nbytes)
+
+
+@row(**MATRICES)
 def var(draw, B, D):
     x = draw.normal(B, D)
     return operation(lambda x: jnp.var(x, axis=1), [x], bytes=2 * x.nbytes)
@@ -106,6 +112,12 @@ def var(draw, B, D):
 def layer_norm(draw, B, D):
     x, scale, bias = draw.normal(B, D), draw.normal(D), draw.normal(D)
     return operation(normalised, [x, scale, bias], bytes=_passes(x))
+
+
+@row(smoke=[(3, 5)], small=[(512, 512)], full=[(4096, 512), (8192, 768), (512, 256)])
+def standardize(draw, B, D):
+    x = draw.normal(B, D)
+    return operation(jax.nn.standardize, [x], bytes=_passes(x))
 
 
 def normalised(x, scale, bias, epsilon=1e-5):
