@@ -75,9 +75,10 @@ def candidates(dotted, eqns, types, result, literals=()):
     if not types or not jnp.issubdtype(types[0].dtype, jnp.floating):
         return []
     axes = next(_axes(eqns), ())
+    given = {"epsilon": map(float, literals)} if literals else {}  # by default it is no operand
     return argument_sets(
         dotted, axis=[axes[0] if len(axes) == 1 else tuple(axes)], ddof=map(int, literals),
-        keepdims=[result.aval.ndim == types[0].ndim],
+        keepdims=[result.aval.ndim == types[0].ndim], **given,
     )
 
 

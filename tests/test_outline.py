@@ -31,6 +31,8 @@ def cross_entropy(x, labels=LABELS):
         (lambda x: jax.nn.softmax(x, axis=0), ["jax.nn.softmax"]),
         (jax.jit(lambda x: jax.nn.softmax(2.0 * x)), ["jax.nn.softmax"]),
         (lambda x: jnp.var(x, axis=(0, 1)), ["jax.numpy.var"]),
+        (lambda x: jax.nn.standardize(x, axis=0, epsilon=0.1) + jax.nn.standardize(x),
+         ["jax.nn.standardize"] * 2),
         (cross_entropy, ["jax.nn.log_softmax"]),
         (lambda x: lax.fori_loop(0, 3, lambda _, c: jax.jit(cross_entropy)(c * x), x[0, 0]),
          ["jax.nn.log_softmax"]),
@@ -65,6 +67,9 @@ def watched_softmax(x):
         (almost_gelu, []),
         (watched_softmax, []),
         (lambda x: jax.nn.softmax(x, where=X > -3.0), []),
+        (lambda x: jax.nn.standardize(x, mean=x[:, :1]), []),
+        (lambda x: jax.nn.standardize(x, epsilon=x[0, 0] ** 2), []),
+        (lambda x: jax.nn.standardize(x, algorithm="stable"), []),
     ],
 )
 def test_what_only_looks_like_it_is_left_alone(fun, expected, x64):

@@ -72,3 +72,15 @@ def test_empty_operands(x64):
     assert fbprop.grad(lambda x: jnp.sum(jnp.prod(x, 1)))(jnp.ones((3, 0))).shape == (3, 0)
     dx = fbprop.grad(lambda x: jnp.sum(lax.slice(x, (3, 1), (3, 4))))(jnp.ones((5, 7)))
     np.testing.assert_array_equal(dx, np.zeros((5, 7)))
+
+
+def test_standardize_where_rounding_leaves_no_variance():
+    """In float32 Σ x² / n = μ² here, however it is summed: max(0, 0) has slope 1/2."""
+    x, dy = jnp.array([4097.0, 4095.0]), jnp.array([1.0, -2.0])
+    assert jnp.mean(x**2) == jnp.mean(x) ** 2
+    (got,), (theirs,) = (ad.vjp(jax.nn.standardize, x)[1](dy) for ad in (fbprop, jax))
+    y = np.array([1.0, -1.0]) / np.sqrt(1e-5)
+    exact = (dy - np.mean(dy) - y * np.mean(dy * y) / 2) / np.sqrt(1e-5)
+    np.testing.assert_allclose(got, exact, rtol=1e-5)
+    # JAX's is a difference of numbers 4096 times as large.
+    np.testing.assert_allclose(theirs, exact, rtol=4096 * 2**-23)

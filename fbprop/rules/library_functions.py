@@ -6,8 +6,10 @@ guided backpropagation is another rule for ``jax.nn.relu``.
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -80,6 +82,45 @@ class LogSoftmax(Rule):
         return Step((0,), backward, forward)
 
 
+# Compiled, as un-jitted calls of the parts' rules are: dispatched one by one these take 1.5 of it.
+@functools.partial(jax.jit, static_argnames=("axis", "epsilon"))
+def _standardized(x, axis, epsilon):
+    """y, 1 / σ, and the slope of max(·, 0) at what rounding left of Σ x² / n − μ²."""
+    mean = jnp.mean(x, axis, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis, keepdims=True) - jnp.square(mean)
+    scale = lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
+    return (x - mean) * scale, scale, 0.5 + 0.5 * jnp.sign(variance)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _standardized_cotangent(dy, y, scale, slope, axis):
+    along = slope * jnp.mean(dy * y, axis, keepdims=True)
+    return scale * (dy - jnp.mean(dy, axis, keepdims=True) - y * along)
+
+
+class Standardize(Rule):
+    """y is kept, which what it goes into mostly keeps, too, and two numbers per row: half of what
+    the parts keep. 4096 x 512 and 8192 x 768 take 0.3-0.6 of `jax.grad`'s time and 0.004 of its
+    memory, 512 x 256 take 0.8 and 0.8 (`python -m benchmarks --only standardize`).
+    """
+
+    def keeps(self):
+        return "y, and per row 1 / σ and whether σ² was cut off at 0"
+
+    def prepare(self, site):
+        axis, epsilon = site.params["axis"], site.params.get("epsilon", 1e-5)
+
+        def forward(x, *_):  # another epsilon than 1e-5 is an operand, a literal
+            y, *extra = _standardized(x, axis, epsilon)
+            return [y], extra
+
+        def backward(kept, extra, douts):
+            dx = _standardized_cotangent(*douts, *kept, *extra, axis)
+            return [dx, *(None for _ in site.in_avals[1:])]
+
+        return Step((len(site.in_avals),), backward, forward)
+
+
 RULES = [
     elementwise(
         "jax.nn.relu",
@@ -107,5 +148,10 @@ RULES = [
         "y = Σ (x − μ)² / (n − ddof) along axis, μ = Σ x / n;  x̄ = 2 ȳ (x − μ) / (n − ddof).  "
         "Keeps x.",
         x=_var, ddof=None,
+    ),
+    Standardize(
+        "jax.nn.standardize",
+        "y = (x − μ) / σ, σ² = max(Σ x² / n − μ², 0) + ε along axis;  x̄ = (ȳ − Σ ȳ / n − "
+        "y Σ ȳ y / n) / σ, without the last term (at a tie, half of it) where max gave 0.",
     ),
 ]

@@ -27,4 +27,9 @@ CASES = [
     Case("jax.numpy.var", lambda x: jnp.var(x, axis=(0, 1), keepdims=True, ddof=1),
          (real(2, 5, 3),), "two axes"),
     Case("jax.numpy.var", jnp.var, (real(2, 5),), "all axes"),
+    # Transposed: the cotangent, drawn as x is, would be in the direction of y, and x̄ vanish.
+    Case("jax.nn.standardize", lambda x: jax.nn.standardize(x.T), (real(5, 2),),
+         kept=(10 + 2 * 2) * F64),
+    Case("jax.nn.standardize", lambda x: jax.nn.standardize(x, axis=(0, 1), epsilon=0.5),
+         (real(2, 5, 3),), "two axes", kept=(30 + 2 * 3) * F64),
 ]
