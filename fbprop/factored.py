@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.scatter import scatter_add
+
 _UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
 
 
@@ -151,7 +153,7 @@ class Rows(Factored):
         return self.add_to(jnp.zeros(self.shape, self.values.dtype))
 
     def add_to(self, total):
-        return lax.scatter_add(total, self.indices, self.values, self.numbers, **self.options)
+        return scatter_add(total, self.indices, self.values, self.numbers, self.options)
 
     def sum(self, axis: int) -> jax.Array:
         """The dense cotangent summed over an axis, without it if the rows are single elements."""

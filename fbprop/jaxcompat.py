@@ -12,6 +12,7 @@ import inspect
 import re
 
 import jax
+import jaxlib
 
 
 @functools.cache
@@ -60,6 +61,18 @@ def differentiable(aval):
     """Whether values of this type have a tangent space: floats and complex numbers do."""
     dtype = getattr(aval, "dtype", None)
     return dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.inexact)
+
+
+@functools.cache
+def adds_by_compare_and_swap(dtype):
+    """Whether XLA's scatter-add of such numbers on NVIDIA GPUs retries until none interferes.
+
+    bfloat16: openxla/xla#26371. float32: jaxlib 0.10.2 to 0.11.0, jax-ml/jax#38806.
+    """
+    version = tuple(int(n) for n in re.findall(r"\d+", jaxlib.__version__)[:3])
+    return dtype == jax.numpy.bfloat16 or (
+        dtype == jax.numpy.float32 and (0, 10, 2) <= version <= (0, 11, 0)
+    )
 
 
 def bind(eqn, operands):

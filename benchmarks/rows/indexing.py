@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from benchmarks.row import operation, row
 
 
-@row(smoke=[(7, 5, 11)], small=[(4000, 64, 1024)], full=[(32000, 256, 8192), (8192, 512, 4096)])
+@row(smoke=[(7, 5, 11)], small=[(4000, 64, 1024)],
+     full=[(32000, 256, 8192), (8192, 512, 4096), (399, 128, 40960)])
 def embedding(draw, V, D, N):
+    """The last size has many lookups per row, as in openxla/xla#46225."""
     table, ids = draw.normal(V, D), draw.integers(V, N)
     moved = table.nbytes + 4 * N * D * 3
     return operation(lambda table, ids: table[ids], [table], [ids], bytes=moved)

@@ -13,8 +13,9 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop import scatter
 from fbprop.factored import Rows
-from fbprop.rule import Rule, Step, pair, rule
+from fbprop.rule import Pair, Rule, Step, pair
 
 
 def _window_sizes(dims, operand_shape, updates_shape):
@@ -54,18 +55,28 @@ def _scatter(scatter, x, indices, updates, params):
     )
 
 
-def _gather(dy, indices, *, x_aval, dimension_numbers, indices_are_sorted, unique_indices, mode):
+class Gather(Pair):
+    """The cotangent is carried as rows, and becomes an array by `fbprop.scatter`."""
+
+    def formulation(self, site):
+        (x, indices), (y,) = site.in_avals, site.out_avals
+        return scatter.formulation(x, indices.shape, y.shape, *_transposed(site.params))
+
+
+def _gather(site, kept, dy):
+    return [Rows(*kept, dy, site.in_avals[0].shape, *_transposed(site.params)), None]
+
+
+def _transposed(gather):
+    """Dimension numbers and options of the scatter that a gather's transpose is."""
+    dims = gather["dimension_numbers"]
     numbers = lax.ScatterDimensionNumbers(
-        update_window_dims=dimension_numbers.offset_dims,
-        inserted_window_dims=dimension_numbers.collapsed_slice_dims,
-        scatter_dims_to_operand_dims=dimension_numbers.start_index_map,
-        operand_batching_dims=dimension_numbers.operand_batching_dims,
-        scatter_indices_batching_dims=dimension_numbers.start_indices_batching_dims,
+        update_window_dims=dims.offset_dims, inserted_window_dims=dims.collapsed_slice_dims,
+        scatter_dims_to_operand_dims=dims.start_index_map,
+        operand_batching_dims=dims.operand_batching_dims,
+        scatter_indices_batching_dims=dims.start_indices_batching_dims,
     )
-    options = {
-        "indices_are_sorted": indices_are_sorted, "unique_indices": unique_indices, "mode": mode
-    }
-    return Rows(indices, dy, x_aval.shape, numbers, options)
+    return numbers, {n: gather[n] for n in ("indices_are_sorted", "unique_indices", "mode")}
 
 
 def _added(site, kept, dy):
@@ -191,10 +202,10 @@ def _dynamic_update_slice(site, starts, dy):
 
 
 RULES = [
-    rule(
+    Gather(
         "gather", "y = windows of x at indices;  x̄ = Σ of ȳ's windows in their places. Keeps the "
         "indices.",
-        x=_gather, indices=None,
+        _gather, keep=lambda site: (1,), keeps="indices",
     ),
     pair(
         "scatter-add", "y = x, updates added at indices;  x̄ = ȳ, ū = ȳ at indices. Keeps the "

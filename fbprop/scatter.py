@@ -1,0 +1,129 @@
+"""Adding rows to a table, in order where XLA's scatter-add is slow."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fbprop.jaxcompat import adds_by_compare_and_swap, explicit_sharding, varying_like
+
+_MODES = (
+    lax.GatherScatterMode.CLIP,
+    lax.GatherScatterMode.FILL_OR_DROP,
+    lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+)
+
+
+def formulation(table, indices_shape, values_shape, numbers, options) -> str:
+    """How rows are added to a table of this type: "rows sorted on NVIDIA GPUs", or "".
+
+    There each element is added by compare-and-swap, which is 20 times (bfloat16, openxla/xla#26371)
+    to 2000 times (float32, jax-ml/jax#38806) as slow where updates meet, and in no certain order.
+    Sorting pays where they may: for whole rows, as of an embedding, and for elements if there are
+    more of them than places to add them to. A loss's one element per example is left as it is.
+    The numbers are those reports'; `python -m benchmarks --only embedding` measures it on a GPU.
+    """
+    rows = math.prod(table.shape[d] for d in numbers.inserted_window_dims)
+    count = math.prod(indices_shape[:-1])
+    whole = [s for d, s in enumerate(table.shape) if d not in numbers.inserted_window_dims]
+    sortable = (
+        count > 1
+        and adds_by_compare_and_swap(table.dtype)
+        and not options["unique_indices"]
+        and options["mode"] in _MODES
+        and not numbers.operand_batching_dims
+        and sorted(numbers.scatter_dims_to_operand_dims) == list(numbers.inserted_window_dims)
+        and whole == [values_shape[d] for d in numbers.update_window_dims]
+        and explicit_sharding(table) is None
+    )
+    meet = count > rows or math.prod(whole) > 1
+    return "rows sorted on NVIDIA GPUs" if sortable and meet else ""
+
+
+def scatter_add(total, indices, values, numbers, options):
+    """`jax.lax.scatter_add`, by whichever `formulation`."""
+    types = jax.typeof(total), indices.shape, values.shape
+    if formulation(*types, numbers, options):
+        return _by_platform(total, indices, values, numbers, tuple(options.items()))
+    return lax.scatter_add(total, indices, values, numbers, **options)
+
+
+# Compiled: un-jitted, both branches would be traced at every call.
+@functools.partial(jax.jit, static_argnames=("numbers", "options"))
+def _by_platform(total, indices, values, numbers, options):
+    options = dict(options)
+    as_it_stands = functools.partial(lax.scatter_add, dimension_numbers=numbers, **options)
+    in_order = functools.partial(add_sorted, numbers=numbers, mode=options["mode"])
+    return lax.platform_dependent(total, indices, values, cuda=in_order, default=as_it_stands)
+
+
+def add_sorted(total, indices, values, numbers, mode):
+    """Rows in the order of their indices are summed where these are equal, and each sum is added.
+
+    No two sums go to one place: nothing needs to be atomic, and nothing depends on chance.
+    16-bit numbers are summed in float32.
+    """
+    columns, order = _sorted_columns(total.shape, indices, numbers, mode)
+    window = tuple(values.shape[d] for d in numbers.update_window_dims)
+    ends = [d for d in range(values.ndim) if d not in numbers.update_window_dims]
+    values = lax.transpose(values, (*ends, *numbers.update_window_dims))
+    values = lax.reshape(values, (order.size, *window)).at[order].get(
+        unique_indices=True, mode="promise_in_bounds"
+    )
+    differ = functools.reduce(lax.bitwise_or, [c[1:] != c[:-1] for c in columns])
+    wide = values.astype(jnp.float32) if values.dtype.itemsize <= 2 else values
+    sums = _sums_of_runs(varying_like(wide, indices), differ)
+    # What is not the sum of a whole run goes out of bounds, each to another place.
+    outside = order + total.shape[numbers.scatter_dims_to_operand_dims[0]]
+    columns[0] = lax.select(_joined(differ, True), columns[0], outside)
+    numbers = lax.ScatterDimensionNumbers(
+        tuple(range(1, sums.ndim)), numbers.inserted_window_dims,
+        numbers.scatter_dims_to_operand_dims,
+    )
+    return lax.scatter_add(
+        total, jnp.stack(columns, -1), sums.astype(total.dtype), numbers, unique_indices=True,
+        mode="drop",
+    )
+
+
+def _sorted_columns(shape, indices, numbers, mode):
+    """Indices as columns, sorted by the first, then the second, ..., and where each was."""
+    if indices.dtype.itemsize < 4:  # there has to be room outside of the bounds
+        indices = indices.astype(jnp.int32)
+    flat = lax.reshape(indices, (math.prod(indices.shape[:-1]), indices.shape[-1]))
+    columns = [lax.index_in_dim(flat, i, 1, keepdims=False) for i in range(flat.shape[1])]
+    if mode == lax.GatherScatterMode.CLIP:
+        sizes = [shape[d] for d in numbers.scatter_dims_to_operand_dims]
+        inside = [map(indices.dtype.type, (0, s - 1)) for s in sizes]
+        columns = [lax.clamp(low, c, high) for c, (low, high) in zip(columns, inside)]
+    order = lax.iota(indices.dtype, len(flat))
+    *columns, order = lax.sort([*columns, order], num_keys=len(columns), is_stable=True)
+    return columns, order
+
+
+def _sums_of_runs(values, differ):
+    """Sum of each row and those before it in its run; ``differ``: where the next run starts.
+
+    Each step adds what is there one, two, four, ... rows above. `lax.associative_scan` passes over
+    fewer rows, but takes 40 ms to trace, on every platform.
+    """
+    n = len(values)
+    at = lax.iota(jnp.int32, n)
+    start = lax.cummax(lax.select(_joined(True, differ), at, lax.full_like(at, 0)))
+
+    def double(sums, shift):
+        above = lax.dynamic_slice_in_dim(lax.concatenate([sums, sums], 0), n - shift, n)
+        meet = lax.broadcast_in_dim(at - shift >= start, sums.shape, (0,))
+        return lax.select(meet, sums + above, sums), None
+
+    shifts = 2 ** np.arange((n - 1).bit_length(), dtype=np.int32)
+    return lax.scan(double, values, shifts)[0]
+
+
+def _joined(*flags):
+    return lax.concatenate([lax.reshape(f, (np.size(f),)) for f in flags], 0)
