@@ -82,7 +82,7 @@ class LogSoftmax(Rule):
         return Step((0,), backward, forward)
 
 
-# Compiled, as un-jitted calls of the parts' rules are: dispatched one by one these take 1.5 of it.
+# Compiled, as the parts are by the call they stand in: un-jitted, these took 1.5 times as long.
 @functools.partial(jax.jit, static_argnames=("axis", "epsilon"))
 def _standardized(x, axis, epsilon):
     """y, 1 / σ, and the slope of max(·, 0) at what rounding left of Σ x² / n − μ²."""
@@ -101,7 +101,7 @@ def _standardized_cotangent(dy, y, scale, slope, axis):
 class Standardize(Rule):
     """y is kept, which what it goes into mostly keeps, too, and two numbers per row: half of what
     the parts keep. 4096 x 512 and 8192 x 768 take 0.3-0.6 of `jax.grad`'s time and 0.004 of its
-    memory, 512 x 256 take 0.8 and 0.8 (`python -m benchmarks --only standardize`).
+    memory, 512 x 256 take 0.7-0.8 and 0.8 (`python -m benchmarks --only standardize`).
     """
 
     def keeps(self):
