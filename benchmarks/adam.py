@@ -1,4 +1,7 @@
-"""Adam for the whole-step rows: Optax's where installed, else the same formula in plain JAX."""
+"""Adam for the rows: fbprop's own, and what it is compared with.
+
+That is Optax's where installed, else the same formula in plain JAX.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+import fbprop
 
 try:
     import optax
@@ -18,6 +23,26 @@ class Optimizer(NamedTuple):
 
     init: Any
     update: Any
+
+
+def adam_of(ad, params):
+    """``(gradient, leaves, params) -> (m̂ / (√v̂ + ε), leaves)`` as users of ``ad`` have it.
+
+    ``leaves`` of the state, the step count first, are the same for fbprop and the others.
+    """
+    optimizer = fbprop.optim.scale_by_adam() if ad is fbprop else scale_by_adam()
+    form = jax.tree.structure(jax.eval_shape(optimizer.init, params))
+
+    def update(gradient, leaves, params):
+        scaled, state = optimizer.update(gradient, form.unflatten(leaves), params)
+        return scaled, jax.tree.leaves(state)
+
+    return update
+
+
+def initial_moments(params):
+    """The leaves that `adam_of` starts from."""
+    return jax.tree.leaves(fbprop.optim.scale_by_adam().init(params))
 
 
 def scale_by_adam():
@@ -44,5 +69,5 @@ def plain_adam(b1=0.9, b2=0.999, epsilon=1e-8):
 
 
 def described() -> str:
-    """Whose Adam the rows use."""
+    """Whose Adam it is on the other side."""
     return f"Optax {optax.__version__}" if optax else "plain JAX (Optax is not installed)"

@@ -52,7 +52,7 @@ def run(chosen, seconds, clock, peers, write) -> int:
 def _introduce(source, absent):
     versions = ", ".join(f"{p} {v}" for p, v in source["versions"].items())
     print(f"{source['device']}, {source['threads']} threads, {versions}, commit {source['commit']}")
-    print(f"Adam in whole steps: {adam.described()}")
+    print(f"Adam in whole steps: fbprop's, against {adam.described()}")
     for peer, reason in absent.items():
         print(f"{peer} is not measured: {reason}")
     print("time, memory, compile: fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")

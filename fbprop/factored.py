@@ -10,7 +10,7 @@ a user who asked for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.scatter import scatter_add
+from fbprop.scatter import are_whole_rows, merged, scatter_add
 
 _UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
 
@@ -32,6 +32,15 @@ class Factored:
     def add_to(self, total: jax.Array) -> jax.Array:
         """``total`` and this."""
         return lax.add(total, self.dense())
+
+
+def is_factored(x) -> bool:
+    return isinstance(x, Factored)
+
+
+def dense(tree):
+    """A pytree of cotangents with arrays in place of unevaluated ones."""
+    return jax.tree.map(lambda x: x.dense() if is_factored(x) else x, tree, is_leaf=is_factored)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -154,6 +163,29 @@ class Rows(Factored):
 
     def add_to(self, total):
         return scatter_add(total, self.indices, self.values, self.numbers, self.options)
+
+    def map(self, fun: Callable[[jax.Array], jax.Array]) -> Rows:
+        """The same rows of other values: ``fun`` of these, elementwise."""
+        return Rows(self.indices, fun(self.values), self.shape, self.numbers, self.options)
+
+    def merged(self) -> Rows | jax.Array:
+        """The same, no two rows at one place, so that squares are those of the sums.
+
+        As an array where that is no larger: of more rows than the table has, or single elements.
+        """
+        windows = math.prod(self.indices.shape[:-1])
+        rows = math.prod(self.shape[d] for d in self.numbers.inserted_window_dims)
+        table = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        whole = are_whole_rows(table, self.values.shape, self.numbers, self.options)
+        if not whole or windows >= rows or windows == self.values.size:
+            return self.dense()
+        mode = self.options["mode"]
+        indices, sums, numbers = merged(self.shape, self.indices, self.values, self.numbers, mode)
+        options = self.options | {
+            "indices_are_sorted": False, "unique_indices": True,
+            "mode": lax.GatherScatterMode.FILL_OR_DROP,
+        }
+        return Rows(indices, sums, self.shape, numbers, options)
 
     def sum(self, axis: int) -> jax.Array:
         """The dense cotangent summed over an axis, without it if the rows are single elements."""

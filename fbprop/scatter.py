@@ -30,19 +30,26 @@ def formulation(table, indices_shape, values_shape, numbers, options) -> str:
     """
     rows = math.prod(table.shape[d] for d in numbers.inserted_window_dims)
     count = math.prod(indices_shape[:-1])
-    whole = [s for d, s in enumerate(table.shape) if d not in numbers.inserted_window_dims]
     sortable = (
         count > 1
         and adds_by_compare_and_swap(table.dtype)
         and not options["unique_indices"]
-        and options["mode"] in _MODES
+        and are_whole_rows(table, values_shape, numbers, options)
+    )
+    meet = count > rows or math.prod(values_shape) > count
+    return "rows sorted on NVIDIA GPUs" if sortable and meet else ""
+
+
+def are_whole_rows(table, values_shape, numbers, options) -> bool:
+    """Whether windows are all there is at their indices: two of them meet wholly or not at all."""
+    whole = [s for d, s in enumerate(table.shape) if d not in numbers.inserted_window_dims]
+    return (
+        options["mode"] in _MODES
         and not numbers.operand_batching_dims
         and sorted(numbers.scatter_dims_to_operand_dims) == list(numbers.inserted_window_dims)
         and whole == [values_shape[d] for d in numbers.update_window_dims]
         and explicit_sharding(table) is None
     )
-    meet = count > rows or math.prod(whole) > 1
-    return "rows sorted on NVIDIA GPUs" if sortable and meet else ""
 
 
 def scatter_add(total, indices, values, numbers, options):
@@ -69,10 +76,7 @@ def add_sorted(total, indices, values, numbers, mode):
     16-bit numbers are summed in float32.
     """
     columns, order = _sorted_columns(total.shape, indices, numbers, mode)
-    window = tuple(values.shape[d] for d in numbers.update_window_dims)
-    ends = [d for d in range(values.ndim) if d not in numbers.update_window_dims]
-    values = lax.transpose(values, (*ends, *numbers.update_window_dims))
-    values = lax.reshape(values, (order.size, *window)).at[order].get(
+    values = _in_a_row(values, numbers).at[order].get(
         unique_indices=True, mode="promise_in_bounds"
     )
     differ = functools.reduce(lax.bitwise_or, [c[1:] != c[:-1] for c in columns])
@@ -81,18 +85,50 @@ def add_sorted(total, indices, values, numbers, mode):
     # What is not the sum of a whole run goes out of bounds, each to another place.
     outside = order + total.shape[numbers.scatter_dims_to_operand_dims[0]]
     columns[0] = lax.select(_joined(differ, True), columns[0], outside)
-    numbers = lax.ScatterDimensionNumbers(
-        tuple(range(1, sums.ndim)), numbers.inserted_window_dims,
+    return lax.scatter_add(
+        total, jnp.stack(columns, -1), sums.astype(total.dtype), _numbers_in_a_row(sums, numbers),
+        unique_indices=True, mode="drop",
+    )
+
+
+def merged(shape, indices, values, numbers, mode):
+    """Whole rows, those that meet summed into the first of them: indices, values, numbers.
+
+    The others go out of bounds, each to another place, where nothing is added. Needs no sorting: of
+    the rows at one place, the first is the smallest number scattered there.
+    """
+    at = _columns(shape, indices, numbers, mode)
+    if jnp.issubdtype(at[0].dtype, jnp.signedinteger):  # none of them is counted from the end
+        at = [lax.select(c < 0, lax.full_like(c, jnp.iinfo(c.dtype).max), c) for c in at]
+    number = lax.iota(at[0].dtype, at[0].size)
+    sizes = [shape[d] for d in numbers.scatter_dims_to_operand_dims]
+    at = tuple(at)
+    first = jnp.full(sizes, number.size, number.dtype).at[at].min(number, mode="drop")
+    mine = first.at[at].get(mode="fill", fill_value=number.size)
+    values = _in_a_row(values, numbers)
+    sums = jnp.zeros_like(values).at[mine].add(values, mode="drop")
+    outside = number + shape[numbers.scatter_dims_to_operand_dims[0]]
+    column = lax.select(mine == number, at[0], outside)
+    return jnp.stack([column, *at[1:]], -1), sums, _numbers_in_a_row(sums, numbers)
+
+
+def _in_a_row(values, numbers):
+    """Updates with their windows' dimensions last and the others made one."""
+    window = tuple(values.shape[d] for d in numbers.update_window_dims)
+    ends = [d for d in range(values.ndim) if d not in numbers.update_window_dims]
+    values = lax.transpose(values, (*ends, *numbers.update_window_dims))
+    return lax.reshape(values, (math.prod(values.shape[: len(ends)]), *window))
+
+
+def _numbers_in_a_row(values, numbers):
+    return lax.ScatterDimensionNumbers(
+        tuple(range(1, values.ndim)), numbers.inserted_window_dims,
         numbers.scatter_dims_to_operand_dims,
     )
-    return lax.scatter_add(
-        total, jnp.stack(columns, -1), sums.astype(total.dtype), numbers, unique_indices=True,
-        mode="drop",
-    )
 
 
-def _sorted_columns(shape, indices, numbers, mode):
-    """Indices as columns, sorted by the first, then the second, ..., and where each was."""
+def _columns(shape, indices, numbers, mode):
+    """Indices as columns, in bounds where they are meant to be."""
     if indices.dtype.itemsize < 4:  # there has to be room outside of the bounds
         indices = indices.astype(jnp.int32)
     flat = lax.reshape(indices, (math.prod(indices.shape[:-1]), indices.shape[-1]))
@@ -101,7 +137,13 @@ def _sorted_columns(shape, indices, numbers, mode):
         sizes = [shape[d] for d in numbers.scatter_dims_to_operand_dims]
         inside = [map(indices.dtype.type, (0, s - 1)) for s in sizes]
         columns = [lax.clamp(low, c, high) for c, (low, high) in zip(columns, inside)]
-    order = lax.iota(indices.dtype, len(flat))
+    return columns
+
+
+def _sorted_columns(shape, indices, numbers, mode):
+    """Indices as columns, sorted by the first, then the second, ..., and where each was."""
+    columns = _columns(shape, indices, numbers, mode)
+    order = lax.iota(columns[0].dtype, columns[0].size)
     *columns, order = lax.sort([*columns, order], num_keys=len(columns), is_stable=True)
     return columns, order
 

@@ -15,7 +15,7 @@ import pytest
 
 import benchmarks.rows  # noqa: F401
 import fbprop
-from benchmarks import report
+from benchmarks import adam, report
 from benchmarks.adam import plain_adam
 from benchmarks.meter import (
     Disagreement,
@@ -67,7 +67,7 @@ def test_relative_difference(got, expected, difference):
 @pytest.fixture
 def squares_row(monkeypatch):
     # Optax's own code promotes an int32 step count to float, which the strict setting refuses.
-    monkeypatch.setattr(steps, "scale_by_adam", plain_adam)
+    monkeypatch.setattr(adam, "scale_by_adam", plain_adam)
     loss = lambda w, x: jnp.mean((x @ w) ** 2)
     return steps.training_step(loss, Draw().weight(5, 3), [Draw(1).normal(7, 5)])
 

@@ -37,13 +37,13 @@ def gru_character_step(draw, T, B, H):
     return _character_row(gru_layer, 3, draw, T, B, H)
 
 
-def transformer_params(draw, D, dtype=jnp.float32):
+def transformer_params(draw, D):
     """One pre-norm block; no biases in attention, where the key's has no gradient."""
-    norms = [(jnp.ones(D, dtype), jnp.zeros(D, dtype)) for _ in range(2)]
-    return {"norms": norms, "qkv": draw.weight(D, 3 * D, dtype=dtype),
-            "out": draw.weight(D, D, dtype=dtype),
-            "up": (draw.weight(D, 4 * D, dtype=dtype), jnp.zeros(4 * D, dtype)),
-            "down": (draw.weight(4 * D, D, dtype=dtype), jnp.zeros(D, dtype))}
+    norms = [(jnp.ones(D), jnp.zeros(D)) for _ in range(2)]
+    return {"norms": norms, "qkv": draw.weight(D, 3 * D),
+            "out": draw.weight(D, D),
+            "up": (draw.weight(D, 4 * D), jnp.zeros(4 * D)),
+            "down": (draw.weight(4 * D, D), jnp.zeros(D))}
 
 
 def transformer_block(p, x, heads, causal=True):
@@ -63,17 +63,18 @@ def full_attention(q, k, v):
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), v)
 
 
-def gpt_params(draw, layers, T, D, V, dtype=jnp.float32):
+def gpt_params(draw, layers, T, D, V):
     """Token and position embeddings, blocks, final norm; the head is the token embedding."""
-    return {"tokens": draw.normal(V, D, scale=0.02, dtype=dtype),
-            "positions": draw.normal(T, D, scale=0.02, dtype=dtype),
-            "blocks": [transformer_params(draw, D, dtype) for _ in range(layers)],
-            "norm": (jnp.ones(D, dtype), jnp.zeros(D, dtype))}
+    return {"tokens": draw.normal(V, D, scale=0.02),
+            "positions": draw.normal(T, D, scale=0.02),
+            "blocks": [transformer_params(draw, D) for _ in range(layers)],
+            "norm": (jnp.ones(D), jnp.zeros(D))}
 
 
-def gpt_loss(heads):
-    """Next-token cross-entropy of tokens (B, T+1), logits in float32."""
+def gpt_loss(heads, dtype=jnp.float32):
+    """Next-token cross-entropy of tokens (B, T+1): computed in ``dtype``, logits in float32."""
     def loss(params, tokens):
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
         x = params["tokens"][tokens[:, :-1]] + params["positions"]
         for block in params["blocks"]:
             x = transformer_block(block, x, heads)
@@ -97,7 +98,7 @@ def gpt_step(draw, B, T, L, D, V):
 @row("step", gpu_only=True, full=[(B, 1024, 12, 768, 50304) for B in (64, 32, 16)])
 def gpt2_124m_step(draw, B, T, L, D, V):
     """Share of the measured bfloat16 matmul rate is its model-flops utilisation."""
-    params = gpt_params(draw, L, T, D, V, jnp.bfloat16)
+    params = gpt_params(draw, L, T, D, V)
     # bfloat16 has 8 bits, and twelve blocks add their rounding up.
-    return training_step(gpt_loss(12), params, [draw.integers(V, B, T + 1)],
+    return training_step(gpt_loss(12, jnp.bfloat16), params, [draw.integers(V, B, T + 1)],
                          flops=gpt_flops(B, T, L, D, V), tolerance=0.1)

@@ -1,8 +1,9 @@
 """Whole training steps: forward, backward and Adam; the smallest networks here, others beside.
 
-The optimiser is the same on both sides, Optax's where it is installed. The learning rate is an
-argument of the measured program: agreement is checked with zero, where Adam's moments after one
-step or a whole epoch are exact sums of gradients and their squares, on the program that is timed.
+fbprop's gradient and Adam against JAX's gradient and Optax's Adam. Gradients are unevaluated where
+fbprop's Adam takes them so, as in `fbprop.train.step`. The learning rate is an argument of the
+measured program: agreement is checked with zero, where Adam's moments after one step or a whole
+epoch are exact sums of gradients and their squares, on the program that is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.adam import scale_by_adam
+import fbprop
+from benchmarks.adam import adam_of, initial_moments
 from benchmarks.row import Row, row
 from benchmarks.rows.elementwise import cross_entropy
 
@@ -35,19 +37,20 @@ def training_epoch(loss, params, batches, **figures) -> Row:
 
 
 def _row(loss, params, batch, wrap, figures):
-    optimizer = scale_by_adam()
-
     def build(ad):
+        adam = adam_of(ad, params)
+        options = {"factored": True} if ad is fbprop else {}
+
         def step(state, batch, rate):
             params, moments = state
-            value, gradient = ad.value_and_grad(loss)(params, *batch)
-            updates, moments = optimizer.update(gradient, moments, params)
+            value, gradient = ad.value_and_grad(loss, **options)(params, *batch)
+            updates, moments = adam(gradient, moments, params)
             params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
             return (params, moments), value
 
         return wrap(step)
 
-    inputs = (params, optimizer.init(params)), tuple(batch)
+    inputs = (params, initial_moments(params)), tuple(batch)
     # Moments hold squares of gradients, and sums over a batch are added up in another order.
     figures = {"tolerance": 1e-4, **figures}
     return Row(build, (*inputs, jnp.float32(1e-3)), probe=(*inputs, jnp.float32(0)), carries=True,

@@ -6,6 +6,7 @@ import math
 
 import jax.numpy as jnp
 
+from fbprop.factored import Rows
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.transform import (
@@ -125,7 +126,7 @@ def amsgrad(learning_rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 
     slots = {"mu": zeros, "nu": real_zeros, "nu_max": real_zeros}
     return chain(
-        *decay_parts(weight_decay, mask), leafwise(rule, slots, per_step=per_step),
+        *decay_parts(weight_decay, mask), leafwise(rule, slots, per_step=per_step, takes_rows=True),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -217,13 +218,17 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, eps_
         ahead = of_m * m + of_g * g if nesterov else of_m * m
         return ahead / (jnp.sqrt(v + root if eps_root else v) + outside), {"mu": m, "nu": v}
 
-    return leafwise(rule, {"mu": zeros, "nu": real_zeros}, per_step=per_step)
+    slots = {"mu": zeros, "nu": real_zeros}
+    return leafwise(rule, slots, per_step=per_step, takes_rows=not nesterov)
 
 
 def moments(g, slots, b1, b2):
-    """The running averages of g and g²."""
-    m = b1 * slots["mu"] + (1 - b1) * g
-    return m, b2 * slots["nu"] + (1 - b2) * abs_squared(g)
+    """The running averages of g and g². Of rows only they are added, without a table of zeros."""
+    m, v = b1 * slots["mu"], b2 * slots["nu"]
+    if isinstance(g, Rows):
+        now = g.map(lambda x: (1 - b1) * x), g.map(lambda x: (1 - b2) * abs_squared(x))
+        return now[0].add_to(m), now[1].add_to(v)
+    return m + (1 - b1) * g, v + (1 - b2) * abs_squared(g)
 
 
 def bias_correction(decay: float, count):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
-from fbprop.optim.transform import Optimizer, wide
+from fbprop.factored import dense
+from fbprop.optim.transform import Optimizer, takes_factored, wide
 
 
 class Freezing(Optimizer):
@@ -48,6 +49,7 @@ def chain(*optimizers) -> Optimizer:
     for optimizer in optimizers:
         check_optimizer(optimizer)
     updates_of = [with_extra(optimizer) for optimizer in optimizers]
+    factored = bool(optimizers) and takes_factored(optimizers[0])
 
     def init(params):
         return tuple(optimizer.init(params) for optimizer in optimizers)
@@ -58,12 +60,13 @@ def chain(*optimizers) -> Optimizer:
                 f"A chain's state has one part per member, got {len(state)} expected "
                 f"{len(optimizers)}: use the state that this chain's init returned."
             )
-        updates, states = grads, []
+        updates, states = grads if factored else dense(grads), []
         for one, part in zip(updates_of, state):
             updates, part = one(updates, part, params, **extra)
             states.append(part)
         return cast_like(updates, grads if params is None else params), tuple(states)
 
+    update.takes_factored = factored
     plain = Optimizer(init, update)
     masks = [optimizer.trainable for optimizer in optimizers if is_freezing(optimizer)]
     if not masks:
@@ -84,6 +87,7 @@ def holding(optimizer, trainable: Callable) -> Freezing:
         return optimizer.init(hold(trainable(params), params))
 
     def update(grads, state, params=None, **extra):
+        grads = dense(grads)
         mask = trainable(grads)
         held = None if params is None else hold(mask, params)
         updates, state = inner(hold(mask, grads), state, held, **extra)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
+from fbprop.factored import dense
 from fbprop.optim.chain import check_optimizer, hold, holding, is_freezing, with_extra
 from fbprop.optim.transform import Optimizer
 
@@ -156,6 +157,7 @@ def grouped(groups) -> Optimizer:
         return tuple(o.init(_part(which, k, params)) if o else () for k, o in enumerate(optimizers))
 
     def update(grads, state, params=None, **extra):
+        grads = dense(grads)
         which = _labels(groups, grads)
         parts, states = [], []
         for k, (one, old) in enumerate(zip(update_of, state)):

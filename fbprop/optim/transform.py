@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
+from fbprop.factored import Rows, dense, is_factored
+
 Schedule = Callable[[jax.Array], Any]
 
 
@@ -56,7 +58,7 @@ def zero_count() -> jax.Array:
 
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in the dtype that moments are kept in: float32 for 16-bit and narrower floats."""
-    return x.astype(_wide_dtype(x.dtype))
+    return x.map(wide) if isinstance(x, Rows) else x.astype(_wide_dtype(x.dtype))
 
 
 def _wide_dtype(dtype):
@@ -80,7 +82,8 @@ def real_zeros(p: jax.Array) -> jax.Array:
 
 
 def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,
-             per_step: Callable = lambda count: (), params_needed: str = "") -> Optimizer:
+             per_step: Callable = lambda count: (), params_needed: str = "",
+             takes_rows: bool = False) -> Optimizer:
     """An optimiser that treats every parameter by itself.
 
     Args:
@@ -89,6 +92,9 @@ def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,
       slots: name -> function from a parameter to that slot's initial value.
       per_step: ``count -> scalars``, count >= 1: what depends on the step only, computed once.
       params_needed: the name to blame when ``update`` gets no params; empty if it needs none.
+      takes_rows: whether g may be `fbprop.Rows`, no two of them at one place.
+
+    Gradients may be unevaluated (``factored=True`` of `fbprop.grad`).
     """
     slots = slots or {}
     # One trace per shape instead of one per leaf: at 600 leaves of two shapes Adam's update is
@@ -103,19 +109,26 @@ def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,
             check_params(params, params_needed)
         count = state.count + 1
         scalars = per_dtype(per_step(count))
-        leaves, tree = jax.tree.flatten(grads)
+        leaves, tree = jax.tree.flatten(grads, is_leaf=is_factored)
         values = tree.flatten_up_to(params) if params is not None else [None] * len(leaves)
         columns = [tree.flatten_up_to(state.slots[k]) for k in slots]
         directions, news = [], []
         for g, p, *mine in zip(leaves, values, *columns):
-            g, p = wide(g), None if p is None or not params_needed else wide(p)
+            g = wide(g).merged() if takes_rows and isinstance(g, Rows) else wide(dense(g))
+            p = wide(p) if params_needed else None
             direction, new = rule(g, dict(zip(slots, mine)), scalars(g.dtype), p)
             directions.append(direction)
             news.append(new)
         state = LeafState(count, {k: tree.unflatten([new[k] for new in news]) for k in slots})
         return tree.unflatten(directions), state
 
+    update.takes_factored = True
     return Optimizer(init, update)
+
+
+def takes_factored(optimizer) -> bool:
+    """Whether gradients may be unevaluated (`fbprop.Rows`, `fbprop.Contraction`)."""
+    return getattr(optimizer.update, "takes_factored", False)
 
 
 def _with_standard_promotion(rule):

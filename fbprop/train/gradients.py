@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
+from fbprop.factored import dense
 from fbprop.optim.objective import Weighted, call_loss, mean_of, means_of, number
 from fbprop.optim.transform import scaled, wide, zeros
 from fbprop.reverse import value_and_grad
@@ -32,8 +33,10 @@ class Gradients(NamedTuple):
     model_state: Any
 
 
-def gradients_of(loss: Callable, pieces: int, dtype, **engine) -> Callable:
+def gradients_of(loss: Callable, pieces: int, dtype, factored: bool, **engine) -> Callable:
     """``(held, params, batch, key, model_state, scale) -> Gradients``.
+
+    ``factored``: whether gradients may be unevaluated, where nothing has to be done with them here.
 
     ``held`` are the parameters with None in place of those not differentiated; ``scale`` is the
     loss scale or None.
@@ -48,7 +51,10 @@ def gradients_of(loss: Callable, pieces: int, dtype, **engine) -> Callable:
             total = out.value.sum if isinstance(out.value, Weighted) else out.value
             return total if scale is None else scaled(total, scale), out
 
-        (_, out), grads = value_and_grad(scaled_sum, has_aux=True, **engine)(held)
+        differentiated = value_and_grad(
+            scaled_sum, has_aux=True, factored=factored and pieces == 1, **engine
+        )
+        (_, out), grads = differentiated(held)
         return grads, out
 
     def whole(held, params, batch, key, model_state, scale):
@@ -90,7 +96,7 @@ def _divided(grads, held, weight: Weighted | None, scale):
     dtype = jnp.result_type(float)
     factor = jnp.ones((), dtype) if weight is None else weight.inverse(dtype)
     factor = factor if scale is None else factor / scale.astype(dtype)
-    return tree_map(lambda g, p: scaled(g, factor).astype(p.dtype), grads, held)
+    return tree_map(lambda g, p: scaled(g, factor).astype(p.dtype), dense(grads), held)
 
 
 def _over_pieces(stacked):

@@ -10,6 +10,7 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
+from fbprop.optim.transform import takes_factored
 from fbprop.table import Table
 from fbprop.train.gradients import check_pieces, gradients_of
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
@@ -113,7 +114,9 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
     check_pieces(accumulate)
     check_compute_dtype(compute_dtype)
     update_of = with_extra(optimizer)
-    gradients = gradients_of(loss, accumulate, compute_dtype, rules=rules, fallback=fallback)
+    gradients = gradients_of(
+        loss, accumulate, compute_dtype, takes_factored(optimizer), rules=rules, fallback=fallback
+    )
 
     def one(state: State, batch):
         check_scaled(compute_dtype, state.loss_scale)
