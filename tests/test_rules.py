@@ -196,12 +196,10 @@ def pullback_type(case):
 
 def sites(steps):
     """Every differentiated equation and its rule, in inner jaxprs as well."""
-    for site, rule, _ in filter(None, steps):
+    for site, rule, step in filter(None, steps):
         yield site, rule
-        for _, inner in jc.sub_jaxprs(site.eqn.params):
-            active = [jc.differentiable(a) for a in jc.in_avals(inner)]
-            wanted = [True] * len(jc.out_avals(inner))
-            yield from sites(site.engine.plan(inner, active, wanted).steps)
+        for both in step.inner:
+            yield from sites(both.plan.steps)
 
 
 @by_case
