@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from fbprop import cotangent as ct
 from fbprop import jaxcompat as jc
+from fbprop.factored import Factored
 from fbprop.fallback import FALLBACK
 from fbprop.recompute import Values, split
 from fbprop.rule import Site, Step
@@ -64,12 +65,13 @@ class Plan:
       keep: the variables kept, each once however many rules ask for it; made: equations by which
         the others that rules ask for are made again from these (`fbprop.recompute`).
       reached: per input, whether it can get a cotangent.
-      factored: the variables whose cotangents may stay unevaluated: the inputs for which the
-        caller said so, and the results of equations whose rules take them.
+      factored: the variables whose cotangents may stay unevaluated, and in which form (a subclass
+        of `Factored`): the inputs for which the caller said so, and the results of equations whose
+        rules take them.
     """
 
     def __init__(
-        self, flow: Flow, wanted: tuple[bool, ...], factored: tuple[bool, ...], at_hand: bool
+        self, flow: Flow, wanted: tuple[bool, ...], factored: tuple, at_hand: bool
     ):
         self.jaxpr, self.wanted = flow.jaxpr, wanted
         body = jc.open_jaxpr(flow.jaxpr)
@@ -77,7 +79,7 @@ class Plan:
         self.reached = tuple(v in reached for v in body.invars)
         self.active_out = flow.active_out
         self.steps: list[tuple[Site, object, Step] | None] = []
-        self.factored = {v for v, f in zip(body.invars, factored) if f}
+        self.factored = {v: f for v, f in zip(body.invars, factored) if f}
         keep = {}
         for eqn, found in zip(body.eqns, flow.sites):
             if not found or not any(found[0].wanted):
@@ -85,8 +87,8 @@ class Plan:
                 continue
             site, rule = found
             if rule.takes_factored:
-                self.factored.update(eqn.outvars)
-            site.factored = tuple(jc.is_var(v) and v in self.factored for v in eqn.invars)
+                self.factored.update(dict.fromkeys(eqn.outvars, Factored))
+            site.factored = tuple(jc.is_var(v) and self.factored.get(v) for v in eqn.invars)
             step = rule.prepare(site)
             atoms = (*eqn.invars, *eqn.outvars)
             keep.update((atoms[i], None) for i in step.keep if jc.is_var(atoms[i]))
@@ -185,7 +187,8 @@ class Engine(NamedTuple):
                     if jc.is_var(v) and not ct.is_zero(din):
                         # Added before it is evaluated: rows go into what is there already.
                         total = ct.add(acc.get(v, ct.ZERO), din)
-                        acc[v] = total if v in plan.factored else ct.evaluated(total)
+                        stays = isinstance(total, plan.factored.get(v, ()))
+                        acc[v] = total if stays else ct.evaluated(total)
         return [acc.get(v, ct.ZERO) for v in body.invars]
 
 

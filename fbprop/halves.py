@@ -29,7 +29,7 @@ class Halves:
     Args:
       engine: the sweeps.
       jaxpr: closed inner jaxpr; active: per input; wanted: per output; path: enclosing scopes;
-        factored: per input, whether its cotangent may be unevaluated.
+        factored: per input, in which form its cotangent may be unevaluated, or None.
     """
 
     def __init__(self, engine, jaxpr, active, wanted, path="", factored=()):

@@ -16,9 +16,9 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from fbprop import jaxcompat as jc
+from fbprop.opaque import held, is_number_in_trace
 
 # Elementwise arithmetic that a processor does as fast as it reads, and moving things about. No
 # exponentials, roots, reductions or products: those are kept.
@@ -94,7 +94,7 @@ def is_cheap(eqn) -> bool:
     if eqn.primitive.name not in CHEAP or eqn.effects:
         return False
     if any(jc.explicit_sharding(v.aval) for v in eqn.outvars):
-        return False  # one number of such an array, for `_true`, is not to be had without moving it
+        return False  # one number of such an array, for `held`, is not to be had without moving it
     if eqn.primitive.name == "gather" and _bytes(eqn.outvars[0]) < _bytes(eqn.invars[0]):
         return False  # from a large table: `word_embedding_step` takes 1.15 times as long otherwise
     return all(_is_cheap_inside(inner) for _, inner in jc.sub_jaxprs(eqn.params))
@@ -134,7 +134,7 @@ class Values:
             eqn = self.made_by[atom]
             operands = [self.of(v, cotangents) for v in eqn.invars]
             if not any(v in self.made_by for v in eqn.invars if jc.is_var(v)):
-                operands = held(operands, cotangents)
+                operands = _held(operands, cotangents)
             self.made.update(zip(eqn.outvars, jc.bind(eqn, operands)))
         return self.made[atom]
 
@@ -144,35 +144,18 @@ class Values:
             self.made.pop(v, None)
 
 
-def held(operands, cotangents):
+def _held(operands, cotangents):
     """The operands, the smallest of them to be had only when the cotangents are.
 
     Otherwise XLA, which compiles both sweeps as one, would find that an equation computed again is
-    the one computed before, and keep the value after all. `jax.lax.optimization_barrier` says the
-    same, but XLA's compiler for CPUs removes it before it looks for common subexpressions.
+    the one computed before, and keep the value after all.
     """
     arrays = [i for i, x in enumerate(operands) if isinstance(x, jax.Array) and _is_plain(x)]
-    traced = [d for d in jax.tree.leaves(cotangents) if _is_number_in_trace(d)]
+    traced = [d for d in jax.tree.leaves(cotangents) if is_number_in_trace(d)]
     if not arrays or not traced:
         return operands
     i = min(arrays, key=lambda i: operands[i].size)
-    x, true = operands[i], _true(traced[0])
-    if jc.varying_axes(jax.typeof(true)) - jc.varying_axes(jax.typeof(x)):
-        return operands  # it would vary over more axes of a mesh than the equation's operand did
-    x = lax.select(lax.broadcast(true, x.shape), x, lax.full_like(x, 0))
-    return [*operands[:i], x, *operands[i + 1 :]]
-
-
-def _true(x):
-    """True, but XLA does not know: whether a number's last bit, once set, is set."""
-    first = lax.squeeze(lax.slice(x, [0] * x.ndim, [1] * x.ndim), range(x.ndim))
-    first = lax.real(first) if jnp.iscomplexobj(first) else first
-    bits = lax.bitcast_convert_type(first, f"uint{jnp.finfo(first.dtype).bits}")
-    return lax.ne(lax.bitwise_or(bits, lax.full_like(bits, 1)), lax.full_like(bits, 0))
-
-
-def _is_number_in_trace(x):
-    return isinstance(x, jax.core.Tracer) and x.size and jnp.issubdtype(x.dtype, jnp.inexact)
+    return [*operands[:i], held(operands[i], traced[0]), *operands[i + 1 :]]
 
 
 def _is_plain(x):

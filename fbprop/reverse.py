@@ -25,7 +25,7 @@ def vjp(
     has_aux: bool = False,
     rules: Table | None = None,
     fallback: str | None = None,
-    factored: bool = False,
+    factored: bool | type = False,
 ):
     """Value of a function and its pullback, as `jax.vjp`, by fbprop's table of rules.
 
@@ -40,7 +40,8 @@ def vjp(
       rules: the table of rules; default `fbprop.table` with what was registered.
       fallback: ``"jax"`` lets JAX differentiate primitives that have no rule; None: they raise.
       factored: cotangents that are products of two factors, or a few rows of a table, come back as
-        such, `fbprop.Contraction` and `fbprop.Rows`, in place of arrays; False: as arrays.
+        such, `fbprop.Contraction` and `fbprop.Rows`, in place of arrays; one of these two classes:
+        only that form does; False: as arrays.
 
     Returns:
       ``(out, pullback)``, or ``(out, pullback, aux)``. ``pullback`` maps a cotangent with the
@@ -68,12 +69,23 @@ def vjp(
     in_avals, avals = [jax.typeof(x) for x in leaves], out_avals(jaxpr)[:n_out]
     active = tuple(differentiable(a) for a in in_avals)
     wanted = tuple(i < n_out for i in range(len(out_avals(jaxpr))))
-    plan = engine.plan_once(jaxpr, active, wanted, factored=(factored,) * len(active))
+    plan = engine.plan_once(jaxpr, active, wanted, factored=(_form(factored),) * len(active))
     outs, kept = engine.forward(plan, leaves)
     outs = [y if isinstance(y, jax.Array) else jnp.asarray(y) for y in outs]  # constants
     pullback = Pullback(kept, (engine, plan, in_tree, out_tree, tuple(in_avals), tuple(avals)))
     out = tree_unflatten(out_tree, outs[:n_out])
     return (out, pullback, aux(outs[n_out:])) if has_aux else (out, pullback)
+
+
+def _form(factored):
+    if factored in (True, False):
+        return Factored if factored else None
+    if isinstance(factored, type) and issubclass(factored, Factored):
+        return factored
+    raise TypeError(
+        f"factored says which cotangents come back unevaluated, got {factored!r} expected True, "
+        "False, fbprop.Rows or fbprop.Contraction."
+    )
 
 
 def _trace(fun, in_tree, leaves, has_aux):
@@ -214,7 +226,7 @@ def value_and_grad(
     *,
     rules: Table | None = None,
     fallback: str | None = None,
-    factored: bool = False,
+    factored: bool | type = False,
 ) -> Callable:
     """A function that returns ``fun``'s value and gradient, as `jax.value_and_grad`.
 
@@ -279,7 +291,7 @@ def grad(
     *,
     rules: Table | None = None,
     fallback: str | None = None,
-    factored: bool = False,
+    factored: bool | type = False,
 ) -> Callable:
     """A function that returns ``fun``'s gradient, as `jax.grad`; see `value_and_grad`.
 

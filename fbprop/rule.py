@@ -34,8 +34,8 @@ class Site:
       in_avals, out_avals: types of operands and results (``.shape``, ``.dtype``).
       active: per operand, whether a differentiated input reaches it.
       wanted: per result, whether its cotangent can be other than zero.
-      factored: per operand, whether its cotangent may be returned unevaluated (`Factored`) to be
-        of use; it may be returned so in any case.
+      factored: per operand, in which form (a subclass of `Factored`) its cotangent is of use if it
+        is returned unevaluated, or None; it may be returned so in any case.
       path: named scopes around it, ``"encoder/dense"``.
       engine: the two sweeps, for rules about equations that contain other equations.
     """
@@ -44,7 +44,7 @@ class Site:
         self.eqn, self.path, self.active, self.engine = eqn, path, active, engine
         self.name, self.params = eqn.primitive.name, eqn.params
         self.wanted = (True,) * len(eqn.outvars)
-        self.factored = (False,) * len(eqn.invars)
+        self.factored = (None,) * len(eqn.invars)
 
     @property
     def in_avals(self):

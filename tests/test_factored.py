@@ -241,3 +241,86 @@ def equations(jaxpr):
         yield eqn
         if "jaxpr" in eqn.params:
             yield from equations(eqn.params["jaxpr"])
+
+
+TALL = {
+    "weight": lambda x, w: jnp.sin(x @ w) @ jnp.ones((6, 3)),
+    "transposed weight": lambda x, w: x @ jnp.swapaxes(jnp.swapaxes(w, 0, 1), 0, 1),
+    "table as head": lambda x, w: jnp.sin(x[..., :6]) @ w.T,
+    "several dimensions": lambda x, w: jnp.einsum("bti,ihd->bthd", x, w.reshape(24, 2, 3)),
+    "in a call": lambda x, w: jax.jit(jnp.matmul)(x, w),
+}
+
+
+@pytest.mark.parametrize("fun", TALL.values(), ids=TALL)
+@pytest.mark.parametrize("jitted", [True, False])
+def test_tall_products_are_turned(fun, jitted):
+    """Of 1,024 terms or more: the same numbers, however they are computed."""
+    x, w = draw(0, 4, 256, 24) / 8, draw(1, 24, 6)
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(fun(x, w)))
+
+    gradient = fbprop.grad(loss, (0, 1))
+    assert "platform_index" in str(jax.make_jaxpr(gradient)(x, w))
+    got = (jax.jit(gradient) if jitted else gradient)(x, w)
+    chex.assert_trees_all_close(got, jax.grad(loss, (0, 1))(x, w), rtol=1e-4, atol=1e-4)
+
+
+def test_xla_computes_the_wide_product():
+    x, dy = draw(0, 1024, 24), draw(1, 1024, 6)
+
+    def weight_gradient(x, dy):
+        return fbprop.vjp(lambda w: x @ w, jnp.zeros((24, 6)))[1](dy)
+
+    def products(platform):
+        lowered = jax.jit(weight_gradient).trace(x, dy).lower(lowering_platforms=(platform,))
+        return [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+
+    compiled = jax.jit(weight_gradient).lower(x, dy).compile().as_text()
+    assert "f32[6,24]" in compiled
+    assert "-> tensor<6x24xf32>" in "".join(products("cpu"))
+    assert "-> tensor<24x6xf32>" in "".join(products("cuda"))
+
+
+@pytest.mark.parametrize(("x", "w"), [
+    ((512, 24), (24, 6)), ((1024, 6), (6, 24)), ((1024, 6), (6, 6))
+])
+def test_other_products_are_not_turned(x, w):
+    explained = fbprop.explain(lambda w: jnp.sum(jnp.sin(draw(0, *x) @ w)), draw(1, *w))
+    assert "turned" not in str(explained)
+
+
+def test_turning_is_explained():
+    fun = lambda w: jnp.sum(jnp.sin(draw(0, 4, 256, 24) @ w))
+    assert fbprop.explain(fun, draw(1, 24, 6)).lines[0].formulation == "b̄ turned on CPUs"
+
+
+def test_a_transposed_weight_gives_its_factors():
+    x, w = draw(0, 7, 5), draw(1, 3, 5)
+    (dw,) = fbprop.vjp(lambda w: x @ w.T, w, factored=True)[1](jnp.ones((7, 3)))
+    assert isinstance(dw, fbprop.Contraction)
+    assert dw.shape == w.shape
+    chex.assert_trees_all_close(dw.dense(), jnp.ones((7, 3)).T @ x, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "types"), [
+    (fbprop.Rows, (fbprop.Rows, jax.Array)), (fbprop.Contraction, (jax.Array, fbprop.Contraction)),
+    (True, (fbprop.Rows, fbprop.Contraction)), (False, (jax.Array, jax.Array)),
+])
+def test_one_form_only(form, types):
+    def loss(table, w):
+        return jnp.sum(jax.jit(lambda t, w: t[jnp.array([1, 1])] @ w)(table, w))
+
+    args = draw(0, 7, 5), draw(1, 5, 3)
+    got = fbprop.grad(loss, (0, 1), factored=form)(*args)
+    assert all(map(isinstance, got, types))
+    chex.assert_trees_all_close(
+        tuple(g if isinstance(g, jax.Array) else g.dense() for g in got),
+        jax.grad(loss, (0, 1))(*args), rtol=1e-5,
+    )
+
+
+def test_an_unknown_form():
+    with pytest.raises(TypeError, match=r"got 'rows' expected True, False, fbprop\.Rows"):
+        fbprop.grad(jnp.sum, factored="rows")(jnp.ones(3))

@@ -1,7 +1,7 @@
 """Whole training steps: forward, backward and Adam; the smallest networks here, others beside.
 
-fbprop's gradient and Adam against JAX's gradient and Optax's Adam. Gradients are unevaluated where
-fbprop's Adam takes them so, as in `fbprop.train.step`. The learning rate is an argument of the
+fbprop's gradient and Adam against JAX's gradient and Optax's Adam. Gradients of tables are rows, as
+in `fbprop.train.step`. The learning rate is an argument of the
 measured program: agreement is checked with zero, where Adam's moments after one step or a whole
 epoch are exact sums of gradients and their squares, on the program that is timed.
 """
@@ -39,7 +39,7 @@ def training_epoch(loss, params, batches, **figures) -> Row:
 def _row(loss, params, batch, wrap, figures):
     def build(ad):
         adam = adam_of(ad, params)
-        options = {"factored": True} if ad is fbprop else {}
+        options = {"factored": fbprop.Rows} if ad is fbprop else {}
 
         def step(state, batch, rate):
             params, moments = state

@@ -7,7 +7,7 @@ from jax import lax
 
 from fbprop.factored import Contraction
 from fbprop.jaxcompat import explicit_sharding
-from fbprop.rule import pair, rule
+from fbprop.rule import Pullbacks, pair
 
 
 def _free(ndim, *used):
@@ -64,6 +64,22 @@ def _dot_general_b(dy, a, *, b_aval, dimension_numbers, precision, preferred_ele
     )
 
 
+class Product(Pullbacks):
+    """Its cotangents are carried as factors, and become arrays by `Contraction.dense`."""
+
+    def formulation(self, site):
+        (a, b), (dy,) = site.in_avals, site.out_avals
+        params = {
+            n: site.params[n] for n in ("dimension_numbers", "precision", "preferred_element_type")
+        }
+        found = {
+            "ā": _dot_general_a(dy, b, a_aval=a, **params).formulation(),
+            "b̄": _dot_general_b(dy, a, b_aval=b, **params).formulation(),
+        }
+        wanted = [f"{x} {how}" for (x, how), r in zip(found.items(), site.reached) if r and how]
+        return ", ".join(wanted)
+
+
 def _ragged(site, kept, dy):
     """Rows of x meet the matrix of their group, or the ragged dimension is summed by group."""
     x, w, sizes = kept
@@ -108,11 +124,11 @@ def _by_group(site, x, w, sizes, over, row, group, order):
 
 
 RULES = [
-    rule(
+    Product(
         "dot_general",
         "y = Σ a b over the contracted dimensions;  ā = Σ ȳ b over b's free ones, b̄ = Σ a ȳ over "
         "a's.  Keeps the other operand.",
-        a=_dot_general_a, b=_dot_general_b,
+        {"a": _dot_general_a, "b": _dot_general_b},
     ),
     pair(
         "ragged_dot_general",

@@ -15,6 +15,7 @@ from jax import lax
 
 from fbprop import cotangent as ct
 from fbprop import jaxcompat as jc
+from fbprop.factored import Factored
 from fbprop.halves import Halves, depends_on, evaluate, inlined
 from fbprop.rule import Rule, Step
 from fbprop.rules.sweep import Sweep
@@ -99,7 +100,7 @@ class Loop:
         self.n_consts, self.n_carry = sizes
         self.length, self.unroll, self.reverse = length, unroll, reverse
         n_xs = len(jc.in_avals(jaxpr)) - sum(sizes)
-        factored = (True,) * self.n_consts + (False,) * self.n_carry + (True,) * n_xs
+        factored = (Factored,) * self.n_consts + (None,) * self.n_carry + (Factored,) * n_xs
         self.both = both = Halves(
             engine, inlined(jaxpr, engine.table), active, wanted, path, factored
         )

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from fbprop import cotangent as ct
+from fbprop.factored import Contraction
 from fbprop.jaxcompat import differentiable
-from fbprop.rule import linear, no_gradient, pair, rule
+from fbprop.rule import Pullbacks, linear, no_gradient, pair, rule
 
 
 def _broadcast_in_dim(dy, *, broadcast_dimensions, x_aval):
@@ -33,6 +34,19 @@ def _reshape(dy, *, x_aval, dimensions=None):
         return lax.reshape(dy, x_aval.shape)
     permuted = lax.reshape(dy, [x_aval.shape[d] for d in dimensions])
     return lax.transpose(permuted, np.argsort(dimensions))
+
+
+class Transpose(Pullbacks):
+    """Of a product that is not done yet, the order of its dimensions is all that changes."""
+
+    takes_factored = True
+
+
+def _transpose(dy, *, permutation):
+    back = np.argsort(permutation).tolist()
+    if isinstance(dy, Contraction):
+        return dy.transposed(back)
+    return lax.transpose(ct.evaluated(dy), back)
 
 
 def _slice(dy, *, start_indices, limit_indices, strides, x_aval):
@@ -98,9 +112,8 @@ RULES = [
         "squeeze", "y = x without unit dimensions;  x̄ = ȳ with them",
         lambda dy, *, x_aval: lax.reshape(dy, x_aval.shape),
     ),
-    linear(
-        "transpose", "y = x permuted;  x̄ = ȳ permuted back",
-        lambda dy, *, permutation: lax.transpose(dy, np.argsort(permutation)),
+    Transpose(
+        "transpose", "y = x permuted;  x̄ = ȳ permuted back", {"x": _transpose},
     ),
     linear(
         "rev", "y = x reversed;  x̄ = ȳ reversed",

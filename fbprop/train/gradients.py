@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
-from fbprop.factored import dense
+from fbprop.factored import Rows, dense
 from fbprop.optim.objective import Weighted, call_loss, mean_of, means_of, number
 from fbprop.optim.transform import scaled, wide, zeros
 from fbprop.reverse import value_and_grad
@@ -33,10 +33,10 @@ class Gradients(NamedTuple):
     model_state: Any
 
 
-def gradients_of(loss: Callable, pieces: int, dtype, factored: bool, **engine) -> Callable:
+def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, **engine) -> Callable:
     """``(held, params, batch, key, model_state, scale) -> Gradients``.
 
-    ``factored``: whether gradients may be unevaluated, where nothing has to be done with them here.
+    ``rows``: whether gradients may be `fbprop.Rows`, where nothing has to be done with them here.
 
     ``held`` are the parameters with None in place of those not differentiated; ``scale`` is the
     loss scale or None.
@@ -52,7 +52,7 @@ def gradients_of(loss: Callable, pieces: int, dtype, factored: bool, **engine) -
             return total if scale is None else scaled(total, scale), out
 
         differentiated = value_and_grad(
-            scaled_sum, has_aux=True, factored=factored and pieces == 1, **engine
+            scaled_sum, has_aux=True, factored=Rows if rows and pieces == 1 else False, **engine
         )
         (_, out), grads = differentiated(held)
         return grads, out
