@@ -36,6 +36,10 @@ SMALLEST = 4096  # bytes; of less, an equation more is not worth it
 # again in every loop that reads it, and keeps what it is a difference of besides: with 0.5 here
 # `vit_step` takes 0.76 of `jax.grad`'s memory, with 1.125 0.57.
 SLACK = 1.125
+# While one value is made again and used, it needs the memory that it does not need before. Of a
+# single operation nothing else is kept: batch norm by itself takes 2.0 of `jax.grad`'s memory if
+# its two values are made again, a network of a few layers less than 1.
+FEWEST = 3  # times the largest value that is made again, all of them together
 
 
 def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, dict]:
@@ -45,7 +49,7 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
       body: open jaxpr.
       steps: of its plan.
       keep: variables that rules ask for.
-      at_hand: variables that exist anyway.
+      at_hand: variables that exist anyway, of a function whose two sweeps run in turn.
 
     Returns:
       The variables to store, and ``{variable: equation}`` for those to be computed again, from
@@ -69,6 +73,9 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
             else:
                 needs[v] = frozenset((v,))
                 known |= {v} if v in keep else set()
+    sizes = [_bytes(v) for v in keep if v in made_by]
+    if at_hand and sum(sizes) < FEWEST * max(sizes, default=0):
+        return tuple(keep), {}
     stored, made, todo = {v: None for v in keep if v not in made_by}, {}, [*keep]
     while todo:
         v = todo.pop()
