@@ -70,9 +70,7 @@ class Plan:
         rules take them.
     """
 
-    def __init__(
-        self, flow: Flow, wanted: tuple[bool, ...], factored: tuple, at_hand: bool
-    ):
+    def __init__(self, flow: Flow, wanted: tuple[bool, ...], factored: tuple, at_hand: bool):
         self.jaxpr, self.wanted = flow.jaxpr, wanted
         body = jc.open_jaxpr(flow.jaxpr)
         reached = flow.reach(wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -173,4 +172,4 @@ def _type(atom):
 
 
 def _bytes(types):
-    return sum(math.prod(t.shape) * t.dtype.itemsize for t in types)
+    return sum(map(jc.nbytes, types))

@@ -75,6 +75,11 @@ def adds_by_compare_and_swap(dtype):
     )
 
 
+def nbytes(aval):
+    """Bytes of a value of this type; 0 if it is not an array."""
+    return getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
+
+
 def bind(eqn, operands):
     """Evaluate one equation as it stands; returns the list of its results.
 

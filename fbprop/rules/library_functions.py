@@ -55,8 +55,9 @@ def _var(dy, x, *, axis, keepdims, ddof):
 
 class LogSoftmax(Rule):
     """x and two numbers per row are kept, so that y need not exist where only a few elements of it
-    are used, as in a loss by integer labels: 4096 x 1000 take 0.3 of `jax.grad`'s time and 0.004
-    of its memory (`python -m benchmarks --only cross_entropy`).
+    are used, as in a loss by integer labels: 4096 x 1000 take 0.3 to 0.7 of `jax.grad`'s time (its
+    32.8 MB are mapped anew, or not) and 0.004 of its memory
+    (`python -m benchmarks --only cross_entropy`).
     """
 
     takes_factored = True
@@ -102,7 +103,7 @@ def _standardized_cotangent(dy, y, scale, slope, axis):
 
 class Standardize(Rule):
     """y is kept, which what it goes into mostly keeps, too, and two numbers per row: half of what
-    the parts keep. 4096 x 512 and 8192 x 768 take 0.3-0.6 of `jax.grad`'s time and 0.004 of its
+    the parts keep. 4096 x 512 and 8192 x 768 take 0.3-0.7 of `jax.grad`'s time and 0.004 of its
     memory, 512 x 256 take 0.7-0.8 and 0.8 (`python -m benchmarks --only standardize`).
     """
 
