@@ -2,13 +2,13 @@
 
 from fbprop import data, nn, optim, train
 from fbprop.check import CheckFailed, Report, check
-from fbprop.cotangent import ZERO, CotangentError
+from fbprop.core.cotangent import ZERO, CotangentError
+from fbprop.core.factored import Contraction, Rows
+from fbprop.core.rule import Rule, broadcasting, elementwise, linear, no_gradient, pair, rule
+from fbprop.core.table import MissingRule, Table
 from fbprop.explain import Explanation, explain
-from fbprop.factored import Contraction, Rows
 from fbprop.reverse import Pullback, grad, value_and_grad, vjp
-from fbprop.rule import Rule, broadcasting, elementwise, linear, no_gradient, pair, rule
 from fbprop.rules import register, table
-from fbprop.table import MissingRule, Table
 
 __version__ = "0.1.0"
 

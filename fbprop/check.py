@@ -18,9 +18,9 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
-from fbprop.jaxcompat import differentiable
+from fbprop.core.jaxcompat import differentiable
+from fbprop.core.table import Table
 from fbprop.reverse import vjp
-from fbprop.table import Table
 
 RTOL_JAX = 1e-12
 RTOL_DIFFERENCES = 1e-8

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
-from fbprop import jaxcompat as jc
-from fbprop.library import CALLS, call_name
-from fbprop.recompute import stored_for
+from fbprop.core import jaxcompat as jc
+from fbprop.core.library import CALLS, call_name
+from fbprop.core.recompute import stored_for
+from fbprop.core.table import Table
 from fbprop.reverse import vjp
-from fbprop.table import Table
 
 
 class Line(NamedTuple):

@@ -11,12 +11,12 @@ import numpy as np
 from jax.dtypes import float0
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
-from fbprop import cotangent as ct
 from fbprop import rules as _rules
-from fbprop.engine import Engine
-from fbprop.factored import Factored
-from fbprop.jaxcompat import differentiable, out_avals
-from fbprop.table import Table
+from fbprop.core import cotangent as ct
+from fbprop.core.engine import Engine
+from fbprop.core.factored import Factored
+from fbprop.core.jaxcompat import differentiable, out_avals
+from fbprop.core.table import Table
 
 
 def vjp(
@@ -172,7 +172,7 @@ class Pullback:
 
     @property
     def plan(self):
-        """What was decided per equation: `fbprop.engine.Plan`."""
+        """What was decided per equation: `fbprop.core.engine.Plan`."""
         return self._static[1]
 
     def __call__(self, cotangent) -> tuple:

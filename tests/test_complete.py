@@ -8,7 +8,7 @@ from jax._src.interpreters import ad
 
 import fbprop
 from cases import CASES
-from fbprop.rule import NoGradient
+from fbprop.core.rule import NoGradient
 from fbprop.rules.delegated import Delegated, Refused
 
 # What JAX differentiates and fbprop does not, and why: README, "Differences from JAX".

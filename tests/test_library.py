@@ -14,7 +14,7 @@ from jax import lax
 import fbprop
 from cases.case import apart, between, booleans, complex_, definite, integers, positive, real
 from fbprop.check import compare, random_cotangent
-from fbprop.jaxcompat import differentiable
+from fbprop.core.jaxcompat import differentiable
 
 M, V, SQUARE = real(2, 3), real(5), real(3, 3)
 UNIT = between(-0.9, 0.9, 2, 3)

@@ -11,8 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fbprop
-from fbprop import engine, halves, recompute
-from fbprop.rule import Step
+from fbprop.core import engine, halves, recompute
+from fbprop.core.rule import Step
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 

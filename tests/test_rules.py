@@ -12,10 +12,10 @@ import pytest
 
 import fbprop
 from cases import CASES
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
 from fbprop.check import compare, finite_differences, random_cotangent
-from fbprop.rule import Rule, Step
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.rule import Rule, Step
 
 by_case = pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.id, marks=pytest.mark.xdist_group(c.id)) for c in CASES]

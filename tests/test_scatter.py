@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fbprop
-from fbprop import jaxcompat, scatter
+from fbprop.core import jaxcompat, scatter
 
 CHOICE = "rows sorted on NVIDIA GPUs"
 MODES = {"clip": lax.GatherScatterMode.CLIP, "drop": lax.GatherScatterMode.FILL_OR_DROP,

@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 
-from fbprop.factored import Rows
+from fbprop.core.factored import Rows
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.transform import (

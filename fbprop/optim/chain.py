@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
-from fbprop.factored import dense
+from fbprop.core.factored import dense
 from fbprop.optim.transform import Optimizer, takes_factored, wide
 
 

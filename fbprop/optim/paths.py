@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
-from fbprop.factored import dense
+from fbprop.core.factored import dense
 from fbprop.optim.chain import check_optimizer, hold, holding, is_freezing, with_extra
 from fbprop.optim.transform import Optimizer
 

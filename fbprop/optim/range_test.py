@@ -12,12 +12,12 @@ import numpy as np
 from jax import lax
 from jax.tree_util import tree_map
 
+from fbprop.core.table import Table
 from fbprop.optim.chain import apply_updates
 from fbprop.optim.objective import call_loss, mean_of
 from fbprop.optim.schedules import exponential
 from fbprop.optim.sgd import sgd
 from fbprop.reverse import value_and_grad
-from fbprop.table import Table
 
 
 class RangeTest(NamedTuple):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
-from fbprop.factored import Rows, dense, is_factored
+from fbprop.core.factored import Rows, dense, is_factored
 
 Schedule = Callable[[jax.Array], Any]
 

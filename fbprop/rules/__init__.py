@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fbprop.rule import Rule
+from fbprop.core.rule import Rule
+from fbprop.core.table import Table
 from fbprop.rules import (
     arithmetic,
     collective,
@@ -26,7 +27,6 @@ from fbprop.rules import (
     special,
     window,
 )
-from fbprop.table import Table
 
 FAMILIES = (
     elementwise,

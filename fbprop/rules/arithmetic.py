@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import broadcasting, elementwise, linear, no_gradient, pair
+from fbprop.core.rule import broadcasting, elementwise, linear, no_gradient, pair
 
 
 def _share(dy, mine, other, out):

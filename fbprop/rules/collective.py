@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jax import lax
 
-from fbprop.rule import linear, no_gradient
+from fbprop.core.rule import linear, no_gradient
 
 
 def _all_to_all(dy, *, split_axis, concat_axis, axis_name, axis_index_groups, tiled):

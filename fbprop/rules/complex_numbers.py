@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import broadcasting, linear
+from fbprop.core.rule import broadcasting, linear
 
 
 def _conj(dy, *, x_aval):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from fbprop.factored import Contraction
-from fbprop.jaxcompat import explicit_sharding
-from fbprop.rule import Pullbacks, pair
+from fbprop.core.factored import Contraction
+from fbprop.core.jaxcompat import explicit_sharding
+from fbprop.core.rule import Pullbacks, pair
 
 
 def _free(ndim, *used):

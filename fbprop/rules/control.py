@@ -1,7 +1,7 @@
 """Rules for equations that contain other equations: jit, cond, while, custom derivatives.
 
-Each asks the engine for the two halves of its inner jaxprs (`fbprop.halves`) and runs them the way
-the equation itself runs. ``scan`` and ``remat`` have files of their own.
+Each asks the engine for the two halves of its inner jaxprs (`fbprop.core.halves`) and runs them the
+way the equation itself runs. ``scan`` and ``remat`` have files of their own.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import functools
 import jax
 from jax import lax
 
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
-from fbprop.fallback import jax_step
-from fbprop.halves import evaluate, halves
-from fbprop.library import jvp_jaxpr
-from fbprop.rule import NoGradient, Rule, Step
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.fallback import jax_step
+from fbprop.core.halves import evaluate, halves
+from fbprop.core.library import jvp_jaxpr
+from fbprop.core.rule import NoGradient, Rule, Step
 
 
 class Call(Rule):

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.fallback import jax_step
-from fbprop.jaxcompat import bind, explicit_sharding, varying_like
-from fbprop.rule import Pair
+from fbprop.core.fallback import jax_step
+from fbprop.core.jaxcompat import bind, explicit_sharding, varying_like
+from fbprop.core.rule import Pair
 
 CHUNK_BYTES = 1 << 19  # of operand and result, per step of a loop over images
 UNROLLED = 32  # kernel elements that are written out one by one

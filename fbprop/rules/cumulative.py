@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import Pullbacks, linear
+from fbprop.core.rule import Pullbacks, linear
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)  # one dispatch if run eagerly

@@ -7,8 +7,8 @@ have no derivative, in JAX neither.
 
 from __future__ import annotations
 
-from fbprop.fallback import jax_step
-from fbprop.rule import Rule, no_gradient
+from fbprop.core.fallback import jax_step
+from fbprop.core.rule import Rule, no_gradient
 
 
 class Delegated(Rule):

@@ -12,7 +12,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import Pullbacks, broadcasting, elementwise, linear, no_gradient, pair
+from fbprop.core.rule import Pullbacks, broadcasting, elementwise, linear, no_gradient, pair
 
 LN2 = math.log(2)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jax import lax
 
-from fbprop import jaxcompat as jc
-from fbprop.halves import halves
-from fbprop.rule import Rule, Step
+from fbprop.core import jaxcompat as jc
+from fbprop.core.halves import halves
+from fbprop.core.rule import Rule, Step
 
 
 class LinearSolve(Rule):

@@ -13,9 +13,9 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop import scatter
-from fbprop.factored import Rows
-from fbprop.rule import Pair, Rule, Step, pair
+from fbprop.core import scatter
+from fbprop.core.factored import Rows
+from fbprop.core.rule import Pair, Rule, Step, pair
 
 
 def _window_sizes(dims, operand_shape, updates_shape):
@@ -56,7 +56,7 @@ def _scatter(scatter, x, indices, updates, params):
 
 
 class Gather(Pair):
-    """The cotangent is carried as rows, and becomes an array by `fbprop.scatter`."""
+    """The cotangent is carried as rows, and becomes an array by `fbprop.core.scatter`."""
 
     def formulation(self, site):
         (x, indices), (y,) = site.in_avals, site.out_avals

@@ -1,4 +1,4 @@
-"""Rules for library functions as wholes, used where `fbprop.library` proves that it is they.
+"""Rules for library functions as wholes, used where `fbprop.core.library` proves that it is they.
 
 A rule for the whole keeps less than the rules of its parts do, and is a handle for overrides:
 guided backpropagation is another rule for ``jax.nn.relu``.
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.factored import Rows
-from fbprop.rule import Rule, Step, elementwise, rule
+from fbprop.core.factored import Rows
+from fbprop.core.rule import Rule, Step, elementwise, rule
 
 GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # of jax.nn.gelu(approximate=True)
 

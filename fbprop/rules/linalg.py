@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import pair
+from fbprop.core.rule import pair
 from fbprop.rules import solves
 from fbprop.rules.solves import (
     diag,

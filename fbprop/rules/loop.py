@@ -13,11 +13,11 @@ import functools
 import jax
 from jax import lax
 
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
-from fbprop.factored import Factored
-from fbprop.halves import Halves, depends_on, evaluate, inlined
-from fbprop.rule import Rule, Step
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.factored import Factored
+from fbprop.core.halves import Halves, depends_on, evaluate, inlined
+from fbprop.core.rule import Rule, Step
 from fbprop.rules.sweep import Sweep
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.jaxcompat import sharded_like
-from fbprop.rule import Rule, Step, broadcasting, pair
+from fbprop.core.jaxcompat import sharded_like
+from fbprop.core.rule import Rule, Step, broadcasting, pair
 
 
 def _put_back(dy, index, axis, shape):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop import cotangent as ct
-from fbprop.jaxcompat import differentiable
-from fbprop.rule import linear, no_gradient, pair, rule
+from fbprop.core import cotangent as ct
+from fbprop.core.jaxcompat import differentiable
+from fbprop.core.rule import linear, no_gradient, pair, rule
 
 
 def _expand(dy, axes, shape):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from fbprop import jaxcompat as jc
-from fbprop.halves import evaluate, inlined
-from fbprop.rule import Step
+from fbprop.core import jaxcompat as jc
+from fbprop.core.halves import evaluate, inlined
+from fbprop.core.rule import Step
 from fbprop.rules.control import Call, aval_of, choose, shared_slots
 
 

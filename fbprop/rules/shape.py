@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop import cotangent as ct
-from fbprop.factored import Contraction
-from fbprop.jaxcompat import differentiable
-from fbprop.rule import Pullbacks, linear, no_gradient, pair, rule
+from fbprop.core import cotangent as ct
+from fbprop.core.factored import Contraction
+from fbprop.core.jaxcompat import differentiable
+from fbprop.core.rule import Pullbacks, linear, no_gradient, pair, rule
 
 
 def _broadcast_in_dim(dy, *, broadcast_dimensions, x_aval):

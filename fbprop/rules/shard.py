@@ -8,9 +8,9 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
-from fbprop.rule import Step
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.rule import Step
 from fbprop.rules.control import Call
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import pair
+from fbprop.core.rule import pair
 
 
 def mm(a, b):

@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.rule import broadcasting, elementwise, rule
+from fbprop.core.rule import broadcasting, elementwise, rule
 
 TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
 

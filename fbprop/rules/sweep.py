@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
-from fbprop.factored import Contraction, Factored
-from fbprop.halves import evaluate
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.factored import Contraction, Factored
+from fbprop.core.halves import evaluate
 
 
 def chunk_size(length: int) -> int | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.rule import pair
+from fbprop.core.rule import pair
 
 UNROLLED = 32  # offsets, or overlapping blocks, that are written out one by one
 

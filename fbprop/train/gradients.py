@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
-from fbprop.factored import Rows, dense
+from fbprop.core.factored import Rows, dense
 from fbprop.optim.objective import Weighted, call_loss, mean_of, means_of, number
 from fbprop.optim.transform import scaled, wide, zeros
 from fbprop.reverse import value_and_grad

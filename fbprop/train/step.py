@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
+from fbprop.core.table import Table
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
 from fbprop.optim.transform import takes_factored
-from fbprop.table import Table
 from fbprop.train.gradients import check_pieces, gradients_of
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
 from fbprop.train.state import State

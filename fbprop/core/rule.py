@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fbprop.jaxcompat import differentiable, source_line
+from fbprop.core.jaxcompat import differentiable, source_line
 
 
 class Site:
@@ -68,7 +68,7 @@ class Step(NamedTuple):
     backward: (kept values, extra, result cotangents) -> one cotangent (or None) per operand.
     forward: (*operands) -> (results, extra), or None to evaluate the equation as it stands;
       ``extra`` is a pytree of arrays kept besides ``keep``.
-    inner: the halves of equations inside this one (`fbprop.halves.Halves`), for `explain`.
+    inner: the halves of equations inside this one (`fbprop.core.halves.Halves`), for `explain`.
     """
 
     keep: tuple[int, ...]
@@ -82,7 +82,7 @@ class Rule:
 
     broadcasts = False
     takes_zeros = False  # result cotangents may be ZERO; otherwise they are filled in
-    takes_factored = False  # they may be `fbprop.factored.Factored`; otherwise they are evaluated
+    takes_factored = False  # they may be `fbprop.core.factored.Factored`; else evaluated
 
     def __init__(self, name: str, math: str, *sources: Callable | None):
         self.name, self.math = name, " ".join(math.split())

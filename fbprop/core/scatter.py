@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.jaxcompat import adds_by_compare_and_swap, explicit_sharding, varying_like
+from fbprop.core.jaxcompat import adds_by_compare_and_swap, explicit_sharding, varying_like
 
 _MODES = (
     lax.GatherScatterMode.CLIP,

@@ -1,7 +1,7 @@
 """The table of rules: an immutable mapping from names to rules, and how a rule is found.
 
 A name is a primitive's (``"tanh"``) or a library function's (``"jax.nn.relu"``); the latter is used
-only where the equation provably is that function (`fbprop.library`). Overriding returns a new
+only where the equation provably is that function (`fbprop.core.library`). Overriding returns a new
 table; a table is part of what a differentiated function is, so an override never meets a stale
 compilation.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 
-from fbprop import library
-from fbprop.outline import outlined
-from fbprop.rule import Rule, Site
+from fbprop.core import library
+from fbprop.core.outline import outlined
+from fbprop.core.rule import Rule, Site
 
 
 class MissingRule(NotImplementedError):

@@ -5,7 +5,8 @@
 same. So the library's function is traced on the same types and the two traces are compared
 equation by equation; where a function has its own derivative (`jax.custom_jvp`), that must be the
 very same Python function. What compares equal computes the same thing; nothing else gets the rule.
-Functions that are traced into their caller, as ``jax.nn.gelu``, become calls by `fbprop.outline`.
+Functions that are traced into their caller, as ``jax.nn.gelu``, become calls by
+`fbprop.core.outline`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbprop.jaxcompat import (
+from fbprop.core.jaxcompat import (
     bind,
     consts_of,
     derivative_function,

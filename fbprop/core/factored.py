@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.opaque import held
-from fbprop.scatter import are_whole_rows, merged, scatter_add
+from fbprop.core.opaque import held
+from fbprop.core.scatter import are_whole_rows, merged, scatter_add
 
 _UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
 

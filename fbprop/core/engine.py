@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
-from fbprop.factored import Factored
-from fbprop.fallback import FALLBACK
-from fbprop.recompute import Values, split
-from fbprop.rule import Site, Step
-from fbprop.table import MissingRule, Table
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.factored import Factored
+from fbprop.core.fallback import FALLBACK
+from fbprop.core.recompute import Values, split
+from fbprop.core.rule import Site, Step
+from fbprop.core.table import MissingRule, Table
 
 
 class Flow:
@@ -63,7 +63,7 @@ class Plan:
     Attributes:
       steps: per equation, None (only evaluate it) or (site, rule, step).
       keep: the variables kept, each once however many rules ask for it; made: equations by which
-        the others that rules ask for are made again from these (`fbprop.recompute`).
+        the others that rules ask for are made again from these (`fbprop.core.recompute`).
       reached: per input, whether it can get a cotangent.
       factored: the variables whose cotangents may stay unevaluated, and in which form (a subclass
         of `Factored`): the inputs for which the caller said so, and the results of equations whose

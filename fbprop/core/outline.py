@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import jax
 
-from fbprop.jaxcompat import is_var, open_jaxpr
-from fbprop.library import (
+from fbprop.core.jaxcompat import is_var, open_jaxpr
+from fbprop.core.library import (
     CALLS,
     argument_sets,
     call_name,

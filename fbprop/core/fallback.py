@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from fbprop import cotangent as ct
-from fbprop import jaxcompat as jc
-from fbprop.rule import Rule, Step
+from fbprop.core import cotangent as ct
+from fbprop.core import jaxcompat as jc
+from fbprop.core.rule import Rule, Step
 
 
 class Fallback(Rule):

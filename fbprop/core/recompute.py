@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbprop import jaxcompat as jc
-from fbprop.opaque import held, is_number_in_trace
+from fbprop.core import jaxcompat as jc
+from fbprop.core.opaque import held, is_number_in_trace
 
 # Elementwise arithmetic that a processor does as fast as it reads, and moving things about. No
 # exponentials, roots, reductions or products: those are kept.

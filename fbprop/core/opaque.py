@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop import jaxcompat as jc
+from fbprop.core import jaxcompat as jc
 
 
 def is_number_in_trace(x) -> bool:

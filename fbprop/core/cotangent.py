@@ -1,8 +1,8 @@
 """Cotangents as the engine carries them, and the boundary every rule's result crosses.
 
 A cotangent is `ZERO` (nothing flows), an array of its value's shape and dtype, or, where that is
-welcome, one of the unevaluated forms of `fbprop.factored`. Unbroadcasting, precision, shape and
-dtype checks are done here, once, so that no rule has to.
+welcome, one of the unevaluated forms of `fbprop.core.factored`. Unbroadcasting, precision, shape
+and dtype checks are done here, once, so that no rule has to.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.factored import Factored
-from fbprop.jaxcompat import sharded_like, zeros
+from fbprop.core.factored import Factored
+from fbprop.core.jaxcompat import sharded_like, zeros
 
 
 @jax.tree_util.register_static

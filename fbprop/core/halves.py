@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.tree_util import tree_flatten, tree_unflatten
 
-from fbprop import jaxcompat as jc
+from fbprop.core import jaxcompat as jc
 
 
 class Source(NamedTuple):
