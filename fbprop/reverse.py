@@ -37,7 +37,7 @@ def vjp(
       *primals: where to evaluate and differentiate it. Leaves of integer or boolean dtype are
         allowed; their cotangents are of dtype `jax.dtypes.float0`.
       has_aux: ``fun`` returns ``(out, aux)``, of which only ``out`` is differentiated.
-      rules: the table of rules; default `fbprop.table` with what was registered.
+      rules: the table of rules; default `fbprop.table`.
       fallback: ``"jax"`` lets JAX differentiate primitives that have no rule; None: they raise.
       factored: cotangents that are products of two factors, or a few rows of a table, come back as
         such, `fbprop.Contraction` and `fbprop.Rows`, in place of arrays; one of these two classes:

@@ -75,6 +75,15 @@ def adds_by_compare_and_swap(dtype):
     )
 
 
+def primitive_names() -> set[str]:
+    """Names of all primitives, of JAX and of others, that JAX can differentiate or compile here."""
+    from jax.interpreters import ad, mlir
+
+    tables = ad.primitive_jvps, ad.primitive_transposes, mlir._lowerings
+    known = {p for table in (*tables, *mlir._platform_specific_lowerings.values()) for p in table}
+    return {p.name for p in known}
+
+
 def nbytes(aval):
     """Bytes of a value of this type; 0 if it is not an array."""
     return getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
