@@ -9,6 +9,7 @@ import jax
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from fbprop.core import jaxcompat as jc
+from fbprop.core.arguments import indices
 from fbprop.core.library import CALLS, call_name
 from fbprop.core.recompute import stored_for
 from fbprop.core.table import Table
@@ -109,7 +110,7 @@ def explain(
     """
     if not callable(fun):
         raise TypeError(f"explain is about a function, got {fun!r} expected a callable.")
-    chosen = _positions((argnums,) if isinstance(argnums, int) else argnums, args)
+    chosen = _positions(indices(argnums)[0], args)
     # Only what is differentiated or has no value is traced: other arguments may be static.
     leaves, tree = tree_flatten([None if i in chosen else x for i, x in enumerate(args)])
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]

@@ -209,6 +209,17 @@ def explicit_sharding(aval, order=None):
     return jax.sharding.NamedSharding(mesh, spec)
 
 
+def weak_like(value, aval):
+    """The value as weakly or strongly typed as this type; Python numbers are weakly typed."""
+    if jax.typeof(value).weak_type == aval.weak_type:
+        return value
+    from jax.extend.core.primitives import convert_element_type_p
+
+    return convert_element_type_p.bind(
+        value, new_dtype=value.dtype, weak_type=aval.weak_type, sharding=None
+    )
+
+
 def sharded_like(value, aval):
     """The value with the sharding that this type prescribes, if it does."""
     sharding = explicit_sharding(aval)
