@@ -1,6 +1,6 @@
 """fbprop: reverse-mode differentiation for JAX as an open table of hand-written rules."""
 
-from fbprop import data, nn, optim, train
+from fbprop import data, nn, optim, rules, train
 from fbprop.check import CheckFailed, Report, check
 from fbprop.core.cotangent import ZERO, CotangentError
 from fbprop.core.factored import Contraction, Rows
@@ -8,7 +8,7 @@ from fbprop.core.rule import Rule, broadcasting, elementwise, linear, no_gradien
 from fbprop.core.table import MissingRule, Table
 from fbprop.explain import Explanation, explain
 from fbprop.reverse import Pullback, grad, value_and_grad, vjp
-from fbprop.rules import register, table
+from fbprop.rules import register
 
 __version__ = "0.1.0"
 
@@ -42,3 +42,10 @@ __all__ = [
     "value_and_grad",
     "vjp",
 ]
+
+
+def __getattr__(name):
+    """`fbprop.table`: the default table as it is now, with what was registered."""
+    if name == "table":
+        return rules.current()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

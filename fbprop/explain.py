@@ -9,6 +9,7 @@ import jax
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from fbprop.core import jaxcompat as jc
+from fbprop.core.arguments import indices
 from fbprop.core.library import CALLS, call_name
 from fbprop.core.recompute import stored_for
 from fbprop.core.table import Table
@@ -45,10 +46,13 @@ class Explanation(NamedTuple):
     Attributes:
       lines: the differentiated equations, in the order they run forward.
       kept: bytes held by the pullback between the sweeps.
+      unmet: of the table's overrides with a pattern (``where``), those that no equation met, as
+        (pattern, name of the rule): a scope may be misspelt.
     """
 
     lines: tuple[Line, ...]
     kept: int
+    unmet: tuple[tuple[str, str], ...] = ()
 
     def __str__(self):
         head = ("path", "primitive", "rule", "formulation", "shapes", "bytes kept")
@@ -59,11 +63,13 @@ class Explanation(NamedTuple):
         ]
         body.append(("", "", "", "", "total", f"{self.kept:,} "))
         widths = [max(map(len, column)) for column in zip(head, *body)]
-        return "\n".join(
+        unmet = [f"no equation met the override of {r!r} where {w!r}" for w, r in self.unmet]
+        rows = [
             "  ".join([*(c.ljust(w) for c, w in zip(cells[:-1], widths)),
                        cells[-1].rjust(widths[-1])]).rstrip()
             for cells in (head, *body)
-        )
+        ]
+        return "\n".join([*rows, *unmet])
 
 
 def explain(
@@ -104,10 +110,12 @@ def explain(
     """
     if not callable(fun):
         raise TypeError(f"explain is about a function, got {fun!r} expected a callable.")
-    chosen = _positions((argnums,) if isinstance(argnums, int) else argnums, args)
+    chosen = _positions(indices(argnums)[0], args)
     # Only what is differentiated or has no value is traced: other arguments may be static.
     leaves, tree = tree_flatten([None if i in chosen else x for i, x in enumerate(args)])
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+    if isinstance(rules, Table):
+        rules = _Watched(rules)
 
     def pullback(primals, values):
         values = iter(values)
@@ -121,7 +129,24 @@ def explain(
         return vjp(of_chosen, *primals, rules=rules, fallback=fallback)[1]
 
     found = jax.eval_shape(pullback, [args[i] for i in chosen], types)
-    return Explanation(tuple(_lines(found.plan, found.kept, 0)), _bytes(tree_leaves(found.kept)))
+    lines, kept = _lines(found.plan, found.kept, 0), _bytes(tree_leaves(found.kept))
+    return Explanation(tuple(lines), kept, () if rules is None else rules.unmet())
+
+
+class _Watched(Table):
+    """A table that remembers which of its scoped overrides were met."""
+
+    def __init__(self, table):
+        super().__init__(table.values(), table.scoped, table.overridden)
+        self._met = set()
+
+    def scoped_rule(self, name, path):
+        if found := super().scoped_rule(name, path):
+            self._met.add(found)
+        return found
+
+    def unmet(self):
+        return tuple((where, r.name) for where, r in self.scoped if (where, r) not in self._met)
 
 
 def _positions(argnums, args):

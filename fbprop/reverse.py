@@ -9,13 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
-from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
+from jax.tree_util import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
 
 from fbprop import rules as _rules
 from fbprop.core import cotangent as ct
+from fbprop.core.arguments import check_function, check_input, cotangent_one, indices, positions
 from fbprop.core.engine import Engine
 from fbprop.core.factored import Factored
-from fbprop.core.jaxcompat import differentiable, out_avals
+from fbprop.core.jaxcompat import differentiable, out_avals, weak_like
 from fbprop.core.table import Table
 
 
@@ -37,7 +44,7 @@ def vjp(
       *primals: where to evaluate and differentiate it. Leaves of integer or boolean dtype are
         allowed; their cotangents are of dtype `jax.dtypes.float0`.
       has_aux: ``fun`` returns ``(out, aux)``, of which only ``out`` is differentiated.
-      rules: the table of rules; default `fbprop.table` with what was registered.
+      rules: the table of rules; default `fbprop.table`.
       fallback: ``"jax"`` lets JAX differentiate primitives that have no rule; None: they raise.
       factored: cotangents that are products of two factors, or a few rows of a table, come back as
         such, `fbprop.Contraction` and `fbprop.Rows`, in place of arrays; one of these two classes:
@@ -58,8 +65,7 @@ def vjp(
       >>> float(y), float(pullback(1.0)[0])
       (0.0, 1.0)
     """
-    if not callable(fun):
-        raise TypeError(f"vjp differentiates a function, got {fun!r} expected a callable.")
+    check_function(fun)
     engine = Engine(
         _rules.current() if rules is None else _checked(rules), _checked_fallback(fallback)
     )
@@ -105,9 +111,10 @@ def _trace(fun, in_tree, leaves, has_aux):
         outs, seen["out_tree"] = tree_flatten(out)
         extras, seen["aux_tree"] = tree_flatten(aux)
         seen["n_out"] = len(outs)
-        # What is not an array in aux (a string, say) is handed back as it is.
-        seen["static"] = [None if _is_array(x) else (x,) for x in extras]
-        return [*outs, *(x for x in extras if _is_array(x))]
+        # What aux holds besides traced values (a string, a NumPy array) is handed back as it is.
+        traced = [isinstance(x, jax.core.Tracer) for x in extras]
+        seen["static"] = [None if t else (x,) for x, t in zip(extras, traced)]
+        return [*outs, *(x for x, t in zip(extras, traced) if t)]
 
     jaxpr = jax.make_jaxpr(flat)(*leaves)
 
@@ -127,12 +134,16 @@ def _as_value(x):
     """A leaf as JAX sees it; tracers and arrays as they are, Python and NumPy numbers converted."""
     if isinstance(x, jax.Array):
         return x
+    _check_leaf(x, "Differentiated arguments")
+    return jnp.asarray(x)
+
+
+def _check_leaf(x, what):
     if not _is_array(x) and not hasattr(x, "__jax_array__"):
         raise TypeError(
-            f"Differentiated arguments are pytrees of arrays, got a leaf {x!r} of type "
-            f"{type(x).__name__}, which is not a valid JAX type."
+            f"{what} are pytrees of arrays, got a leaf {x!r} of type {type(x).__name__}, which is "
+            "not a valid JAX type."
         )
-    return jnp.asarray(x)
 
 
 def _checked(rules):
@@ -175,16 +186,22 @@ class Pullback:
         """What was decided per equation: `fbprop.core.engine.Plan`."""
         return self._static[1]
 
-    def __call__(self, cotangent) -> tuple:
+    def __call__(self, cotangent, *others) -> tuple:
         """Cotangents of the primals, given one of the output."""
         engine, plan, in_tree, out_tree, in_avals, avals = self._static
+        if others:
+            raise TypeError(
+                "A pullback takes one cotangent with the structure of the output, got "
+                f"{1 + len(others)} arguments expected 1: those of several outputs go in a tuple."
+            )
         leaves, tree = tree_flatten(cotangent)
         if tree != out_tree:
             raise ValueError(
                 "Tree structure of cotangent input does not match structure of primal output: "
                 f"got {tree} expected {out_tree}."
             )
-        douts = [_checked_cotangent(d, a) for d, a in zip(leaves, avals)]
+        numbered = enumerate(zip(leaves, avals))
+        douts = [_checked_cotangent(d, a, i, cotangent) for i, (d, a) in numbered]
         douts += [ct.ZERO] * (len(plan.wanted) - len(douts))
         dins = engine.backward(plan, self.kept, douts)
         return tree_unflatten(in_tree, [_boundary(d, a) for d, a in zip(dins, in_avals)])
@@ -194,26 +211,26 @@ class Pullback:
         return f"<fbprop pullback keeping {n} bytes>"
 
 
-def _checked_cotangent(d, aval):
-    if not differentiable(aval):
-        if jnp.shape(d) == aval.shape and getattr(d, "dtype", None) in (float0, aval.dtype):
+def _checked_cotangent(d, aval, number, cotangent):
+    """That leaf, of an output of this type; that of integers is zero, whatever its own type."""
+    _check_leaf(d, "Cotangents")
+    got, expected = jax.typeof(d), aval.to_tangent_aval()
+    if got.shape == aval.shape:
+        if not differentiable(aval):
             return ct.ZERO
-        expected = f"float0{list(aval.shape)}"
-    else:
-        d = _as_value(d)
-        got = jax.typeof(d)
-        if got.shape == aval.shape and (got.dtype == aval.dtype or got.weak_type):
-            return d.astype(aval.dtype) if got.dtype != aval.dtype else d
-        expected = aval.str_short()
+        if got.dtype == aval.dtype:
+            return _as_value(d)
+    path = keystr(tree_flatten_with_path(cotangent)[0][number][0])
     raise ValueError(
         "A cotangent has the shape and dtype of the output, got an unexpected JAX type for "
-        f"argument to vjp function: {jax.typeof(d).str_short()} expected {expected}."
+        f"argument to vjp function: {got.str_short()} expected {expected.str_short()}, that of "
+        f"output{path}: cast or reshape it."
     )
 
 
 def _boundary(d, aval):
     if differentiable(aval):
-        return d if isinstance(d, Factored) else ct.dense(d, aval)
+        return d if isinstance(d, Factored) else weak_like(ct.dense(d, aval), aval)
     return np.zeros(aval.shape, float0)
 
 
@@ -252,32 +269,30 @@ def value_and_grad(
       >>> float(value), gradient.tolist()
       (5.0, [2.0, 4.0])
     """
-    if not callable(fun):
-        raise TypeError(
-            f"value_and_grad differentiates a function, got {fun!r} expected a callable."
-        )
-    several = not isinstance(argnums, (int, np.integer))
-    numbers = tuple(argnums) if several else (int(argnums),)
+    check_function(fun)
+    numbers, several = indices(argnums)
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def value_and_gradient(*args, **kwargs):
-        chosen = _positions(numbers, args)
+        chosen = positions(numbers, args)
+        distinct = list(dict.fromkeys(chosen))
 
         def of_chosen(*values):
             full = list(args)
-            for i, value in zip(chosen, values):
+            for i, value in zip(distinct, values):
                 full[i] = value
             return fun(*full, **kwargs)
 
-        primals = [args[i] for i in chosen]
+        primals = [args[i] for i in distinct]
         for leaf in tree_leaves(primals):
-            _check_input(_as_value(leaf).dtype, holomorphic, allow_int)
+            check_input(_as_value(leaf).dtype, holomorphic, allow_int)
         value, pullback, *aux = vjp(
             of_chosen, *primals, has_aux=has_aux, rules=rules, fallback=fallback,
             factored=factored,
         )
-        gradient = pullback(_one(value, holomorphic))
-        return (value, *aux) if has_aux else value, gradient if several else gradient[0]
+        found = dict(zip(distinct, pullback(cotangent_one(value, holomorphic))))
+        gradient = tuple(found[i] for i in chosen) if several else found[chosen[0]]
+        return (value, *aux) if has_aux else value, gradient
 
     return value_and_gradient
 
@@ -314,52 +329,3 @@ def grad(
         return (result, value[1]) if has_aux else result
 
     return gradient
-
-
-def _positions(numbers, args):
-    for n in numbers:
-        if not -len(args) <= n < len(args):
-            raise ValueError(
-                f"differentiating with respect to argnums={numbers} requires at least "
-                f"{max(n + 1, -n)} positional arguments to be passed by the caller, but got only "
-                f"{len(args)} positional arguments."
-            )
-    return [n % len(args) for n in numbers]
-
-
-def _check_input(dtype, holomorphic, allow_int):
-    if holomorphic:
-        if not jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(
-                "grad with holomorphic=True requires inputs with complex dtype, but got "
-                f"{dtype.name}."
-            )
-    elif not jnp.issubdtype(dtype, jnp.inexact) and not allow_int:
-        raise TypeError(
-            "grad requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
-            f"np.inexact), but got {dtype.name}. If you want to use Boolean- or integer-valued "
-            "inputs, use vjp or set allow_int to True."
-        )
-
-
-def _one(value, holomorphic):
-    """The cotangent 1 of a scalar loss, or what is wrong with the loss."""
-    leaves = tree_leaves(value)
-    if len(leaves) != 1 or not isinstance(value, jax.Array):
-        raise TypeError(f"Gradient only defined for scalar-output functions. Output was {value}.")
-    if value.shape != ():
-        raise TypeError(
-            f"Gradient only defined for scalar-output functions. Output had shape: {value.shape}."
-        )
-    if holomorphic and not jnp.issubdtype(value.dtype, jnp.complexfloating):
-        raise TypeError(
-            "grad with holomorphic=True requires outputs with complex dtype, but got "
-            f"{value.dtype.name}."
-        )
-    if not holomorphic and not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            "grad requires real-valued outputs (output dtype that is a sub-dtype of np.floating), "
-            f"but got {value.dtype.name}. For holomorphic differentiation, pass holomorphic=True; "
-            "for other complex or integer outputs, use vjp."
-        )
-    return jnp.ones((), value.dtype)

@@ -220,7 +220,6 @@ def test_shape_errors_match_the_function_at_fault():
         "requires at least 2 positional arguments",
         fbprop.grad(lambda x: x, 1),
         1.0,
-        error=ValueError,
     )
     fails("expected a callable", fbprop.vjp, 3, 1.0)
     fails("expected a callable", fbprop.grad, 3)
@@ -249,5 +248,5 @@ def test_cotangent_errors():
     with pytest.raises(ValueError, match=r"float16\[1,2\] expected float32\[1,2\]"):
         pullback({"y": X.astype("float16")})
     _, pullback = fbprop.vjp(lambda x: 3, X)
-    with pytest.raises(ValueError, match=r"expected float0\[\]"):
-        pullback(1.0)
+    with pytest.raises(ValueError, match=r"float32\[2\] expected float0\[\], that of output"):
+        pullback(X[0])

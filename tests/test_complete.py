@@ -1,6 +1,12 @@
 """The table against the test rows, both ways, and against what JAX itself can differentiate."""
 
+import contextlib
+import importlib
+import pkgutil
+import warnings
+
 import jax
+import jax.experimental
 import jax.extend.core.primitives
 import jax.scipy.special
 import pytest
@@ -14,8 +20,8 @@ from fbprop.rules.delegated import Delegated, Refused
 # What JAX differentiates and fbprop does not, and why: README, "Differences from JAX".
 OUTSIDE = {
     **dict.fromkeys(
-        ("accum_grad_in_ref", "addupdate", "empty_ref", "free_ref", "freeze", "get", "new_ref",
-         "run_state", "swap"),
+        ("accum_grad_in_ref", "addupdate", "empty_ref", "free_ref", "freeze", "get", "get_global",
+         "masked_load", "masked_swap", "new_ref", "run_state", "swap"),
         "mutable references: a derivative of stateful code is not a rule about one equation",
     ),
     **dict.fromkeys(
@@ -53,7 +59,15 @@ TABLES = (
 
 
 def registered():
-    """Names of all primitives this JAX has a derivative or a transpose for."""
+    """Names of all primitives this JAX has a derivative or a transpose for, experimental as well.
+
+    These become known as their modules are imported: all are, but those that are for one platform.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        for module in pkgutil.walk_packages(jax.experimental.__path__, "jax.experimental."):
+            if "mosaic" not in module.name and not module.name.endswith("_test"):
+                with contextlib.suppress(ImportError):  # of what is not installed
+                    importlib.import_module(module.name)
     names = {p.name for t in TABLES for p in getattr(ad, t)}
     # "vjp_node[jit]" and such are made as functions run; "test_..." by other tests.
     return {n for n in names if "[" not in n and not n.startswith("test_")}

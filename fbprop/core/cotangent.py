@@ -118,3 +118,10 @@ def _mixes_precision(site, aval, dtype):
     kind = jnp.complexfloating if jnp.issubdtype(aval.dtype, jnp.complexfloating) else jnp.floating
     mixed = any(out.dtype != aval.dtype for out in site.out_avals)
     return mixed and jnp.issubdtype(dtype, kind)
+
+
+def converted(ct, dtype):
+    """The cotangent of a value that was converted from this dtype: of a real one the real part."""
+    if jnp.iscomplexobj(ct) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        ct = lax.real(ct)
+    return lax.convert_element_type(ct, dtype)

@@ -39,7 +39,8 @@ def jax_step(site) -> Step:
         ]
         out = [None] * len(site.in_avals)
         for i, d in zip(moving, pullback(wanted)):
-            out[i] = d
+            # JAX lets a user's rule, and some of its own, return another precision.
+            out[i] = ct.converted(d, site.in_avals[i].dtype)
         return out
 
     return Step((), backward, forward)

@@ -75,6 +75,15 @@ def adds_by_compare_and_swap(dtype):
     )
 
 
+def primitive_names() -> set[str]:
+    """Names of all primitives, of JAX and of others, that JAX can differentiate or compile here."""
+    from jax.interpreters import ad, mlir
+
+    tables = ad.primitive_jvps, ad.primitive_transposes, mlir._lowerings
+    known = {p for table in (*tables, *mlir._platform_specific_lowerings.values()) for p in table}
+    return {p.name for p in known}
+
+
 def nbytes(aval):
     """Bytes of a value of this type; 0 if it is not an array."""
     return getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 0)
@@ -198,6 +207,17 @@ def explicit_sharding(aval, order=None):
         return sharding
     spec = jax.sharding.PartitionSpec(*(sharding.spec[d] for d in order))
     return jax.sharding.NamedSharding(mesh, spec)
+
+
+def weak_like(value, aval):
+    """The value as weakly or strongly typed as this type; Python numbers are weakly typed."""
+    if jax.typeof(value).weak_type == aval.weak_type:
+        return value
+    from jax.extend.core.primitives import convert_element_type_p
+
+    return convert_element_type_p.bind(
+        value, new_dtype=value.dtype, weak_type=aval.weak_type, sharding=None
+    )
 
 
 def sharded_like(value, aval):

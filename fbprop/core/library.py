@@ -104,7 +104,7 @@ def exists(dotted: str) -> bool:
     """Whether there is a function of that dotted name; a rule may be for one that is not here."""
     try:
         return callable(resolve(dotted))
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, TypeError, ValueError):  # the last two: "tanh", ".tanh"
         return False
 
 

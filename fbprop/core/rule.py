@@ -85,6 +85,12 @@ class Rule:
     takes_factored = False  # they may be `fbprop.core.factored.Factored`; else evaluated
 
     def __init__(self, name: str, math: str, *sources: Callable | None):
+        for what, value in (("name", name), ("mathematics", math)):
+            if not isinstance(value, str):
+                raise TypeError(
+                    f"A rule has a name and its mathematics as text, got {value!r} as {what} "
+                    "expected a string: fbprop.rule('tanh', 'y = tanh x; ...', x=lambda dy: ...)."
+                )
         self.name, self.math = name, " ".join(math.split())
         self._sources = [f for f in sources if hasattr(f, "__code__")]
 
@@ -139,9 +145,16 @@ class Pullbacks(Rule):
 
     def __init__(self, name, math, pullbacks: dict[str, Callable | None], broadcasts=False):
         super().__init__(name, math, *pullbacks.values())
+        if "out" in pullbacks:
+            raise TypeError(
+                "A pullback asks for the result as 'out', got an operand of that name expected "
+                f"another in the rule for {name!r}."
+            )
         self.operands, self.broadcasts = tuple(pullbacks), broadcasts
         self._index = {op: i for i, op in enumerate((*pullbacks, "out"))}
-        self._pullbacks = [f and _Pullback(f, self.operands) for f in pullbacks.values()]
+        self._pullbacks = [
+            None if f is None else _Pullback(f, self.operands) for f in pullbacks.values()
+        ]
 
     def keeps(self):
         each = [f"{op}: {', '.join(p.keeps) or 'nothing'}" for op, p in self._by_operand() if p]
@@ -180,8 +193,13 @@ class _Pullback:
     """A pullback with its signature read once."""
 
     def __init__(self, fun, operands):
-        parameters = inspect.signature(fun).parameters.values()
-        first, *rest = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        parameters = inspect.signature(fun).parameters.values() if callable(fun) else ()
+        first, *rest = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] or [None]
+        if first is None:
+            raise TypeError(
+                "A pullback is a function of the result's cotangent, got "
+                f"{fun!r} expected as in x=lambda dy, out: ..., or None for no gradient."
+            )
         self.fun, self.all_results, self.keeps = fun, first == "dys", tuple(rest)
         self._statics = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
         if unknown := [k for k in self.keeps if k not in (*operands, "out")]:
@@ -292,4 +310,8 @@ def pair(name, math, backward, *args, **options):
 
 def no_gradient(reason, *names):
     """One rule per name: results do not depend differentiably on operands."""
+    if not names:
+        raise TypeError(
+            f"no_gradient takes a reason and names, got {reason!r} alone expected a name after it."
+        )
     return [NoGradient(name, reason) for name in names]

@@ -8,10 +8,12 @@ compilation.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Mapping
 
 from fbprop.core import library
+from fbprop.core.jaxcompat import primitive_names
 from fbprop.core.outline import outlined
 from fbprop.core.rule import Rule, Site
 
@@ -33,6 +35,10 @@ class MissingRule(NotImplementedError):
 class Table(Mapping):
     """An immutable mapping from name to `Rule`, with overrides that hold in some scopes only.
 
+    Attributes:
+      scoped: the overrides of the latter kind, as (pattern on the path, rule), the last first in
+        rank; overridden: the names of all rules that were given to `override` or `extend`.
+
     Example:
       >>> import fbprop
       >>> fbprop.table["tanh"].math
@@ -41,7 +47,7 @@ class Table(Mapping):
 
     def __init__(self, rules=(), scoped: tuple[tuple[str, Rule], ...] = (), overridden=()):
         self._rules = {r.name: r for r in rules}
-        self._scoped, self._overridden = tuple(scoped), frozenset(overridden)
+        self.scoped, self.overridden = tuple(scoped), frozenset(overridden)
         functions = [n for n in (*self._rules, *(r.name for _, r in scoped)) if "." in n]
         self._functions = {}
         for name in filter(self._as_a_whole, dict.fromkeys(functions)):
@@ -50,9 +56,9 @@ class Table(Mapping):
     def _as_a_whole(self, function):
         """Whether a library function's own rule is used: not if a part of it has another now."""
         return (
-            not self._overridden
-            or function in self._overridden
-            or not self._overridden & library.parts(function)
+            not self.overridden
+            or function in self.overridden
+            or not self.overridden & library.parts(function)
         )
 
     def __getitem__(self, name):
@@ -73,7 +79,7 @@ class Table(Mapping):
     @property
     def is_scoped(self) -> bool:
         """Whether the rule of an equation depends on its path."""
-        return bool(self._scoped)
+        return bool(self.scoped)
 
     def override(self, *rules: Rule, where: str | None = None) -> Table:
         """A new table in which ``rules`` take the place of those of the same names.
@@ -85,10 +91,13 @@ class Table(Mapping):
           *rules: from `fbprop.rule` and its kin.
           where: a shell-style pattern on the path, e.g. ``"encoder/*"``; the path is the named
             scopes (`jax.named_scope`) joined by ``/``, the primitive or function name last. The
-            last override that matches wins. None: everywhere.
+            last override that matches wins. None: everywhere. `fbprop.explain` says which
+            patterns met nothing.
 
         Raises:
-          TypeError: for something that is not a rule.
+          TypeError: for something that is not a rule, or a pattern that is not a string.
+          ValueError: there is nothing of a rule's name: no rule, primitive or library function; two
+            rules have the same name; or the pattern is empty.
 
         Example:
           >>> import fbprop, jax, jax.numpy as jnp
@@ -101,17 +110,33 @@ class Table(Mapping):
           >>> float(fbprop.grad(f, rules=table)(0.0))
           1.0
         """
-        for r in rules:
-            if not isinstance(r, Rule):
-                raise TypeError(
-                    f"A table holds rules, got {type(r).__name__} expected fbprop.Rule: make one "
-                    "with fbprop.rule(name, math, x=lambda dy, ...: ...)."
-                )
-        overridden = self._overridden | {r.name for r in rules}
+        for r in _checked(rules):
+            if not (r.name in self or any(r.name == s.name for _, s in self.scoped)
+                    or library.exists(r.name) or r.name in primitive_names()):
+                raise ValueError(_unknown(r.name, {*self, *primitive_names()}))
         if where is None:
-            return Table((*self._rules.values(), *rules), self._scoped, overridden)
-        scoped = (*self._scoped, *((where, r) for r in rules))
-        return Table(self._rules.values(), scoped, overridden)
+            return self.extend(*rules)
+        scoped = (*self.scoped, *((_checked_pattern(where), r) for r in rules))
+        return Table(self._rules.values(), scoped, self.overridden | {r.name for r in rules})
+
+    def extend(self, *rules: Rule) -> Table:
+        """A new table with these rules: `override` that takes new names, of primitives of your own.
+
+        Raises:
+          TypeError: for something that is not a rule.
+          ValueError: two rules have the same name, or there is no function of a dotted name.
+
+        Example:
+          >>> import fbprop
+          >>> mine = fbprop.rule("my_primitive", "y = 2 x;  x̄ = 2 ȳ", x=lambda dy: 2 * dy)
+          >>> "my_primitive" in fbprop.table.extend(mine)
+          True
+        """
+        for r in _checked(rules):
+            if "." in r.name and r.name not in self and not library.exists(r.name):
+                raise ValueError(_unknown(r.name, self))
+        overridden = self.overridden | {r.name for r in rules}
+        return Table((*self._rules.values(), *rules), self.scoped, overridden)
 
     def function(self, eqn) -> tuple[str | None, Mapping | None]:
         """The library function an equation is, of those that have a rule in any scope."""
@@ -128,9 +153,54 @@ class Table(Mapping):
             if name is None:
                 continue
             full = f"{path}/{name}" if path else name
-            for where, r in reversed(self._scoped):
-                if r.name == name and fnmatch.fnmatchcase(full, where):
-                    return r, arguments if name == function else None
+            if scoped := self.scoped_rule(name, full):
+                return scoped[1], arguments if name == function else None
             if name in self._rules:
                 return self._rules[name], arguments if name == function else None
         return None, None
+
+    def scoped_rule(self, name, path) -> tuple[str, Rule] | None:
+        """Of the overrides of that name, the last one whose pattern matches the path."""
+        for where, r in reversed(self.scoped):
+            if r.name == name and fnmatch.fnmatchcase(path, where):
+                return where, r
+        return None
+
+
+def _checked(rules):
+    for r in rules:
+        if not isinstance(r, Rule):
+            raise TypeError(
+                f"A table holds rules, got {type(r).__name__} expected fbprop.Rule: make one "
+                "with fbprop.rule(name, math, x=lambda dy, ...: ...)."
+            )
+    names = [r.name for r in rules]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(
+            f"A table holds one rule per name, got {names.count(twice[0])} rules for {twice[0]!r} "
+            "expected one: the last would have taken the place of the others."
+        )
+    return rules
+
+
+def _checked_pattern(where):
+    if not isinstance(where, str):
+        raise TypeError(
+            f"where is a pattern on the path, got {where!r} expected a string as 'encoder/*': "
+            "call override once per pattern."
+        )
+    if not where:
+        raise ValueError(
+            "where is a pattern on the path, got '' expected one that can match, as '*' or "
+            "'encoder/*': leave it out to override everywhere."
+        )
+    return where
+
+
+def _unknown(name, names):
+    near = ", ".join(map(repr, difflib.get_close_matches(name, names, 3))) or "none is similar"
+    return (
+        "An override names what exists, a rule, a primitive or a library function, got "
+        f"{name!r} expected one of those (the nearest: {near}): correct the name, or give the rule "
+        "of a new primitive to fbprop.register or Table.extend."
+    )

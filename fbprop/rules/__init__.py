@@ -72,10 +72,11 @@ def register(*rules: Rule) -> None:
 
     Raises:
       TypeError: for something that is not a rule.
+      ValueError: two rules have the same name, or there is no function of a dotted name.
 
     Example:
       >>> import fbprop
       >>> fbprop.register(fbprop.rule("my_primitive", "y = 2 x;  x̄ = 2 ȳ", x=lambda dy: 2 * dy))
     """
     global _current
-    _current = _current.override(*rules)
+    _current = _current.extend(*rules)

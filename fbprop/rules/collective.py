@@ -42,15 +42,12 @@ def _reduce_scatter(dy, *, axis_name, scatter_dimension, axis_index_groups, tile
     )
 
 
-def _psum(dy, *, axes, axis_index_groups):
-    """Named axes are summed across devices; a number is a dimension that was summed locally."""
+def _psum(dy, *, axes, axis_index_groups, x_aval):
+    """Named axes are summed across devices; a number is a dimension that `vmap` made of a name."""
     named = tuple(a for a in axes if not isinstance(a, int))
-    if len(named) < len(axes):
-        raise TypeError(
-            f"psum is differentiated over named axes, got positional axes {axes}: sum them with "
-            "jnp.sum first."
-        )
-    return lax.psum(dy, named, axis_index_groups=axis_index_groups)
+    kept = [d for d in range(x_aval.ndim) if d not in axes]
+    dy = lax.psum(dy, named, axis_index_groups=axis_index_groups) if named else dy
+    return lax.broadcast_in_dim(dy, x_aval.shape, kept)
 
 
 def _ppermute(dy, *, axis_name, perm):

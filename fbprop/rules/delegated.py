@@ -71,13 +71,54 @@ RULES = [
         "to_edtype",
         "stage",
     ),
+    *_delegated(
+        "a sparse product or conversion (jax.experimental.sparse), whose derivative visits stored "
+        "elements only.",
+        "bcoo_dot_general",
+        "bcoo_dot_general_sampled",
+        "bcoo_extract",
+        "bcoo_fromdense",
+        "bcoo_sort_indices",
+        "bcoo_spdot_general",
+        "bcoo_sum_duplicates",
+        "bcoo_todense",
+        "bcoo_transpose",
+        "bcsr_dot_general",
+        "bcsr_extract",
+        "bcsr_fromdense",
+        "bcsr_todense",
+        "coo_fromdense",
+        "coo_matmat",
+        "coo_matvec",
+        "coo_todense",
+        "csr_fromdense",
+        "csr_matmat",
+        "csr_matvec",
+        "csr_todense",
+        "spsolve",
+        "todense",
+    ),
+    *_delegated(
+        "says where, when or how its operations run (jax.experimental), in the derivative too.",
+        "compute_on",
+        "fused_call",
+        "program_order",
+        "shard_alike",
+        "xla_metadata_call",
+        "xla_metadata_value",
+    ),
     *[
         Refused(name, f"{what} have no derivative: the code behind them is not JAX's.")
         for name, what in [
+            ("buffer_callback", "Buffer callbacks"),
             ("pure_callback", "Pure callbacks"),
             ("io_callback", "IO callbacks"),
             ("ffi_call", "Foreign functions"),
         ]
+    ],
+    *[
+        Refused(name, "Pallas kernels have no reverse derivative: JAX has a forward one only.")
+        for name in ("mpmd_map", "pallas_call")
     ],
     Refused(
         "reduce_window",

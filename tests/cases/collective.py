@@ -60,6 +60,13 @@ CASES = [
         kept=8 * (8 + 16),
     ),
     Case(
+        "psum",
+        jax.vmap(jax.vmap(lambda x: lax.psum(x, ("v", "w")) * x, axis_name="w"), axis_name="v"),
+        (real(3, 2, 5),),
+        "positional",
+        kept=8 * (30 + 5),
+    ),
+    Case(
         "psum_invariant", mapped(lambda x: lax.psum(x, "i"), out_specs=P()), (real(4, 2),), kept=0
     ),
     Case("pvary", mapped(lambda x, w: x * w, BOTH), (real(4, 2), real(2)), kept=8 * (8 + 8)),
