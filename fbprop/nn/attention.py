@@ -11,7 +11,13 @@ from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
 from fbprop.nn.linear import dense
 from fbprop.nn.regularization import dropout as dropout_layer
-from fbprop.nn.shapes import check_sequence, sequence_mask, wide_dtype
+from fbprop.nn.shapes import (
+    check_sequence,
+    parameter,
+    sequence_mask,
+    wide_dtype,
+    without_padding,
+)
 
 
 def attention(heads: int, *, causal: bool = True, dropout: float = 0.0, bias: bool = True,
@@ -32,8 +38,7 @@ def attention(heads: int, *, causal: bool = True, dropout: float = 0.0, bias: bo
       bias: whether the projections have one.
       kernel_init: of ``qkv``.   out_init: of ``out``.   dtype: of the parameters.
 
-    With ``apply(..., lengths=lengths)`` no step attends to padding; what comes out at the padding
-    itself is finite and means nothing.
+    With ``apply(..., lengths=lengths)`` no step attends to padding, and the output there is 0.
 
     Raises:
       ValueError: the input is not [B, T, D]; heads does not divide D; dropout without a key.
@@ -66,7 +71,8 @@ def attention(heads: int, *, causal: bool = True, dropout: float = 0.0, bias: bo
 
     def apply(params, x, *, key, train, lengths):
         qkv, out = projections(x)
-        q, k, v = jnp.split(qkv.apply(params["qkv"], x), 3, axis=-1)
+        each = qkv.apply(parameter(name, params, "qkv"), x)
+        q, k, v = jnp.split(each, 3, axis=-1)
         q, k, v = (_by_head(a, heads) for a in (q, k, v))
         scores = _scores(q, k)
         mask = _mask(x.shape[1], causal, lengths)
@@ -76,7 +82,8 @@ def attention(heads: int, *, causal: bool = True, dropout: float = 0.0, bias: bo
         shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         shares = drop.apply({}, shares, key=key, train=train)
         y = jnp.einsum("bhts,bshd->bthd", shares, v)
-        return out.apply(params["out"], y.reshape(x.shape))
+        y = out.apply(params["out"], y.reshape(x.shape))
+        return y if lengths is None else without_padding(y, lengths)
 
     return Layer(init, apply, name)
 

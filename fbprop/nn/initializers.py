@@ -50,6 +50,11 @@ __all__ = [
 ]
 
 
+def made(initializer, key, shape, dtype):
+    """``initializer(key, shape, dtype)``; of no elements, without asking: some divide by sizes."""
+    return jnp.zeros(shape, dtype) if 0 in shape else initializer(key, shape, dtype)
+
+
 def orthogonal(scale: float = 1.0, column_axis: int = -1):
     """`jax.nn.initializers.orthogonal`, in 16 bits too: decomposed in float32, then rounded.
 

@@ -9,7 +9,10 @@ from contextvars import ContextVar
 
 import jax
 
+from fbprop.nn.shapes import without_padding
+
 _watcher: ContextVar[Callable | None] = ContextVar("watcher", default=None)
+_lengths: ContextVar[object] = ContextVar("lengths", default=None)
 
 
 class Layer:
@@ -108,7 +111,8 @@ class Layer:
             it as it is.
           lengths: integers [B], for a batch of padded sequences [B, T, ...]: how many of the T
             steps of each are real. Every layer inside is told; recurrent layers, attention and
-            averages over time leave out the rest. None: all are real.
+            averages over time leave out the rest, which may hold anything: it is read as 0, and
+            gets gradient 0. None: all are real.
 
         Raises:
           ValueError: the layer has state and none is given.
@@ -119,7 +123,7 @@ class Layer:
                 "returned: call y, state = layer.apply(params, x, state=state, train=train)."
             )
         offered = {"key": key, "train": train, "state": state, "lengths": lengths}
-        with jax.named_scope(self.name), _watched(self.name) as note:
+        with jax.named_scope(self.name), _watched(self.name) as note, _real(x, lengths) as x:
             out = self._apply(params, x, **{name: offered[name] for name in self._takes})
             y, new = out if self.stateful else (out, state)
             note(y)
@@ -187,6 +191,19 @@ def _keywords(apply):
     known, found = ("key", "train", "state", "lengths"), inspect.signature(apply).parameters
     everything = any(p.kind is p.VAR_KEYWORD for p in found.values())
     return known if everything else tuple(name for name in known if name in found)
+
+
+@contextlib.contextmanager
+def _real(x, lengths):
+    """``x`` without what padding holds; done once, by the outermost layer that is told lengths."""
+    if lengths is None or lengths is _lengths.get():
+        yield x
+        return
+    token = _lengths.set(lengths)
+    try:
+        yield without_padding(x, lengths)
+    finally:
+        _lengths.reset(token)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,15 @@ from jax import lax
 
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
-from fbprop.nn.shapes import check_image, per_dimension
+from fbprop.nn.shapes import (
+    check_dtype,
+    check_fits,
+    check_image,
+    check_width,
+    no_wrap,
+    parameter,
+    per_dimension,
+)
 
 
 def dense(features: int, *, bias: bool = True, kernel_init=initializers.lecun_normal(),
@@ -22,6 +30,9 @@ def dense(features: int, *, bias: bool = True, kernel_init=initializers.lecun_no
       bias: whether there is one.
       kernel_init, bias_init: see `fbprop.nn.initializers`.
       dtype: of the parameters; y's dtype follows from x and it.
+
+    Raises:
+      ValueError: the input is a scalar; it is of another width than at `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -42,7 +53,9 @@ def dense(features: int, *, bias: bool = True, kernel_init=initializers.lecun_no
         return _kernel_and_bias(key, shape, bias, kernel_init, bias_init, dtype)
 
     def apply(params, x, **_):
-        return _add_bias(params, x @ params["kernel"])
+        kernel = parameter(name, params, "kernel")
+        check_width(name, x, kernel.shape[0])
+        return _add_bias(params, x @ kernel)
 
     return Layer(init, apply, name)
 
@@ -65,8 +78,9 @@ def conv(features: int, kernel_size: int | tuple[int, ...] = 3, *, stride=1, pad
       bias, kernel_init, bias_init, dtype: as for `dense`.
 
     Raises:
-      ValueError: the input is not [B, *spatial, C]; groups does not divide C and features; a tuple
-        has the wrong length.
+      ValueError: the input is not [B, *spatial, C], of as many channels as at `init`; groups does
+        not divide C and features; a tuple has the wrong length; the kernel is larger than the
+        image and nothing is padded.   TypeError: the input's dtype is not the kernel's.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,11 +108,15 @@ def conv(features: int, kernel_size: int | tuple[int, ...] = 3, *, stride=1, pad
         return _kernel_and_bias(key, shape, bias, kernel_init, bias_init, dtype)
 
     def apply(params, x, **_):
+        kernel = parameter(name, params, "kernel")
         check_image(name, x, n)
+        check_width(name, x, kernel.shape[-2] * groups)
+        check_dtype(name, x, kernel)
         y = lax.conv_general_dilated(
-            x, params["kernel"], strides, padding, rhs_dilation=dilations,
+            x, kernel, strides, padding, rhs_dilation=dilations,
             dimension_numbers=layout, feature_group_count=groups,
         )
+        check_fits(name, x, y, window)
         return _add_bias(params, y)
 
     return Layer(init, apply, name)
@@ -112,8 +130,8 @@ def embedding(num_embeddings: int, features: int, *, embedding_init=initializers
     0.02 (as GPT-2's).
 
     Args:
-      num_embeddings: integers 0..num_embeddings−1 have a vector; others give NaN, not another
-        integer's vector.
+      num_embeddings: integers 0..num_embeddings−1 have a vector; others, negative ones too, give
+        NaN, not another integer's vector.
       features: length of a vector.
       embedding_init: see `fbprop.nn.initializers`.
       dtype: of the parameters, and of y.
@@ -131,7 +149,9 @@ def embedding(num_embeddings: int, features: int, *, embedding_init=initializers
     """
 
     def init(key, x):
-        return {"embedding": embedding_init(key, (num_embeddings, features), dtype)}
+        return {
+            "embedding": initializers.made(embedding_init, key, (num_embeddings, features), dtype)
+        }
 
     def apply(params, x, **_):
         if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -139,14 +159,15 @@ def embedding(num_embeddings: int, features: int, *, embedding_init=initializers
                 f"Layer {name!r} looks up integers, got an input of dtype {x.dtype.name} expected "
                 "int32: convert with x.astype(jnp.int32)."
             )
-        return jnp.take(params["embedding"], x, axis=0)
+        vectors = parameter(name, params, "embedding")
+        return jnp.take(vectors, no_wrap(x, vectors.shape[0]), axis=0)
 
     return Layer(init, apply, name)
 
 
 def _kernel_and_bias(key, shape, bias, kernel_init, bias_init, dtype):
     kernel_key, bias_key = jax.random.split(key)
-    params = {"kernel": kernel_init(kernel_key, shape, dtype)}
+    params = {"kernel": initializers.made(kernel_init, kernel_key, shape, dtype)}
     if bias:
         params["bias"] = bias_init(bias_key, shape[-1:], dtype)
     return params

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fbprop.nn.shapes import at_least_float32
+from fbprop.nn.shapes import at_least_float32, counted, mean, no_wrap
 
 
 def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0, where=None):
@@ -19,13 +19,15 @@ def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0, where
       logits: [..., C], floating.
       labels: [...], integers in 0..C−1; a label outside gives NaN.
       label_smoothing: ε in [0, 1).
-      where: [...], bool; which examples count (padding does not). Default: all.
+      where: [...], bool; which examples count (padding does not). Default: all. What does not
+        count may hold anything, and gets gradient 0; if nothing counts, so is the loss.
 
     Returns:
       A scalar in nats, float32 for 16-bit logits, otherwise their dtype.
 
     Raises:
-      TypeError: labels are not integers.   ValueError: shapes do not fit together.
+      TypeError: labels are not integers.   ValueError: shapes do not fit together;
+        label_smoothing out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,11 +36,20 @@ def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0, where
       0.6931
     """
     _check_labels("softmax_cross_entropy", logits, labels)
+    if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"label_smoothing is a share of the target, got {label_smoothing} expected a number in "
+            "[0, 1), such as 0.1."
+        )
+    if where is not None:
+        labels = counted(where, labels)
+        logits = counted(jnp.asarray(where)[..., None], logits)
     log_p = jax.nn.log_softmax(at_least_float32(logits))
+    labels = no_wrap(labels, logits.shape[-1])
     losses = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * jnp.mean(log_p, axis=-1)
-    return jnp.mean(losses, where=where)
+    return mean(losses, where)
 
 
 def mean_squared_error(predictions, targets, *, where=None):
@@ -46,7 +57,8 @@ def mean_squared_error(predictions, targets, *, where=None):
 
     Args:
       predictions, targets: the same shape and dtype.
-      where: bool, same shape or broadcast to it; which elements count. Default: all.
+      where: bool, same shape or broadcast to it; which elements count. Default: all. What does
+        not count may hold anything, and gets gradient 0; if nothing counts, so is the loss.
 
     Returns:
       A scalar, float32 for 16-bit predictions, otherwise their dtype.
@@ -65,7 +77,8 @@ def mean_squared_error(predictions, targets, *, where=None):
             "mean_squared_error compares arrays of one shape, got targets of shape "
             f"{jnp.shape(targets)} expected {jnp.shape(predictions)}: reshape one of them."
         )
-    return jnp.mean(jnp.square(at_least_float32(predictions - targets)), where=where)
+    predictions, targets = (at_least_float32(counted(where, x)) for x in (predictions, targets))
+    return mean(jnp.square(predictions - targets), where)
 
 
 def accuracy(logits, labels, *, where=None):
@@ -73,7 +86,7 @@ def accuracy(logits, labels, *, where=None):
 
     Args:
       logits: [..., C].    labels: [...], integers.
-      where: [...], bool; which examples count. Default: all.
+      where: [...], bool; which examples count. Default: all. If none does, it is 0.
 
     Raises:
       TypeError: labels are not integers.   ValueError: shapes do not fit together.
@@ -86,7 +99,7 @@ def accuracy(logits, labels, *, where=None):
     """
     _check_labels("accuracy", logits, labels)
     right = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
-    return jnp.mean(right.astype(jnp.float32), where=where)
+    return mean(right.astype(jnp.float32), where)
 
 
 def _check_labels(name, logits, labels):

@@ -7,7 +7,7 @@ from jax import lax
 
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
-from fbprop.nn.shapes import at_least_float32, wide_dtype
+from fbprop.nn.shapes import at_least_float32, check_width, wide_dtype
 
 
 def layer_norm(*, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,
@@ -32,7 +32,8 @@ def layer_norm(*, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,
     """
 
     def apply(params, x):
-        return _affine(params, _standardised(at_least_float32(x), -1, epsilon).astype(x.dtype))
+        y = _standardised(at_least_float32(x), -1, epsilon)
+        return _affine(name, params, y.astype(x.dtype))
 
     return Layer(_affine_init(scale, bias, dtype), apply, name)
 
@@ -60,7 +61,7 @@ def rms_norm(*, epsilon: float = 1e-6, scale: bool = True, dtype=jnp.float32,
     def apply(params, x):
         wide = at_least_float32(x)
         size = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return _affine(params, (wide * lax.rsqrt(size + epsilon)).astype(x.dtype))
+        return _affine(name, params, (wide * lax.rsqrt(size + epsilon)).astype(x.dtype))
 
     return Layer(_affine_init(scale, False, dtype), apply, name)
 
@@ -98,7 +99,7 @@ def group_norm(groups: int = 32, *, epsilon: float = 1e-5, scale: bool = True, b
         split = at_least_float32(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
         axes = (*range(1, x.ndim - 1), x.ndim)
         y = _standardised(split, axes, epsilon)
-        return _affine(params, y.reshape(x.shape).astype(x.dtype))
+        return _affine(name, params, y.reshape(x.shape).astype(x.dtype))
 
     return Layer(_affine_init(scale, bias, dtype), apply, name)
 
@@ -158,7 +159,7 @@ def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
         y = centred * lax.rsqrt(statistics["variance"].astype(wide.dtype) + epsilon)
         if train:
             state = {key: _moved(state[key], statistics[key], momentum) for key in state}
-        return _affine(params, y.astype(x.dtype)), state
+        return _affine(name, params, y.astype(x.dtype)), state
 
     return Layer(_affine_init(scale, bias, dtype), apply, name, init_state)
 
@@ -194,6 +195,8 @@ def _affine_init(scale, bias, dtype):
     return init
 
 
-def _affine(params, y):
+def _affine(name, params, y):
+    for each in params.values():
+        check_width(name, y, each.shape[0])
     y = y * params["scale"] if "scale" in params else y
     return y + params["bias"] if "bias" in params else y

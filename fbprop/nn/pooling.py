@@ -11,6 +11,7 @@ from jax import lax
 from fbprop.nn.layer import Layer, function
 from fbprop.nn.shapes import (
     at_least_float32,
+    check_fits,
     check_image,
     check_sequence,
     per_dimension,
@@ -28,7 +29,8 @@ def max_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
       padding: ``"VALID"``, ``"SAME"``, or ((low, high), ...) per spatial dimension.
 
     Raises:
-      ValueError: the input is not [B, *spatial, C]; a tuple has the wrong length.
+      ValueError: the input is not [B, *spatial, C]; a tuple has the wrong length; the window is
+        larger than the image.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,7 +50,7 @@ def max_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
 
 def avg_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
              count_include_pad: bool = True, name: str = "avg_pool") -> Layer:
-    """The mean of each window.
+    """The mean of each window, added up in float32 at least.
 
     Args:
       window, stride, padding: as for `max_pool`.
@@ -65,11 +67,13 @@ def avg_pool(window: int | tuple[int, ...] = 2, *, stride=None, padding="VALID",
     """
 
     def mean(x, reduce):
-        total = reduce(x, np.zeros((), x.dtype), lax.add)
-        if count_include_pad:
-            return total / math.prod(_sizes(window))
-        return total / reduce(jnp.ones((1, *x.shape[1:-1], 1), x.dtype),
-                              np.zeros((), x.dtype), lax.add)
+        wide = at_least_float32(x)
+        zero, number = np.zeros((), wide.dtype), math.prod(_sizes(window))
+        if not count_include_pad:
+            number = reduce(jnp.ones((1, *x.shape[1:-1], 1), wide.dtype), zero, lax.add)
+            number = jnp.maximum(number, 1)  # of a window that is all padding the mean is 0
+        y = reduce(wide, zero, lax.add) / number
+        return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else y
 
     return _pool(window, stride, padding, name, mean)
 
@@ -132,6 +136,8 @@ def _pool(window, stride, padding, name, of):
 
     def pool(x):
         check_image(name, x, n)
-        return of(x, reduce)
+        y = of(x, reduce)
+        check_fits(name, x, y, sizes)
+        return y
 
     return function(pool, name)

@@ -10,7 +10,13 @@ from jax import lax
 
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
-from fbprop.nn.shapes import at_least_float32, check_sequence, sequence_mask
+from fbprop.nn.shapes import (
+    at_least_float32,
+    check_sequence,
+    check_width,
+    parameter,
+    sequence_mask,
+)
 
 
 def lstm(features: int, *, reverse: bool = False, last: bool = False, forget_bias: float = 1.0,
@@ -39,7 +45,7 @@ def lstm(features: int, *, reverse: bool = False, last: bool = False, forget_bia
       dtype: of the parameters.
 
     Raises:
-      ValueError: the input is not [B, T, D].
+      ValueError: the input is not [B, T, D]; D is another than at `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -91,7 +97,7 @@ def gru(features: int, *, reverse: bool = False, last: bool = False,
       reverse, last, kernel_init, recurrent_init, dtype: as for `lstm`.
 
     Raises:
-      ValueError: the input is not [B, T, D].
+      ValueError: the input is not [B, T, D]; D is another than at `init`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -153,6 +159,7 @@ def _recurrent(name, init, start, step, reverse, last):
 
     def apply(params, x, *, lengths):
         check_sequence(name, x)
+        check_width(name, x, parameter(name, params, "kernel").shape[0])
 
         def one(state, now):
             x, real = now
@@ -177,7 +184,7 @@ def _gates(key, x, features, gates, kernel_init, recurrent_init, dtype, name):
     keys = jax.random.split(key, (2, gates))
     shapes = (x.shape[-1], features), (features, features)
     kernel, recurrent = (
-        jnp.concatenate([make(k, shape, dtype) for k in ks], axis=1)
+        jnp.concatenate([initializers.made(make, k, shape, dtype) for k in ks], axis=1)
         for make, ks, shape in zip((kernel_init, recurrent_init), keys, shapes)
     )
     return {"kernel": kernel, "recurrent": recurrent}
@@ -185,4 +192,5 @@ def _gates(key, x, features, gates, kernel_init, recurrent_init, dtype, name):
 
 def _zeros(x, features):
     """[B, features], mapped over devices as x is."""
-    return jnp.zeros((features,), x.dtype) + jnp.zeros_like(x[:, 0, :1])
+    none = jnp.sum(jnp.zeros_like(x[:, :1, :1]), axis=(1, 2))
+    return jnp.zeros((features,), x.dtype) + none[:, None]
