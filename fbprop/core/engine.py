@@ -103,10 +103,15 @@ class Kept(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """A table and a fallback, and the sweeps under them."""
+    """A table and a fallback, and the sweeps under them.
+
+    Attributes:
+      frugal: inside `jax.checkpoint`: nothing is held back to be computed in one go later.
+    """
 
     table: Table
     fallback: str | None = None
+    frugal: bool = False
 
     def site(self, eqn, active, path):
         scope = "/".join(p for p in (path, jc.scope(eqn)) if p)

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from fbprop.core import jaxcompat as jc
-from fbprop.core.halves import evaluate, inlined
+from fbprop.core.halves import evaluate, halves, inlined
 from fbprop.core.rule import Step
 from fbprop.rules.control import Call, aval_of, choose, shared_slots
 
@@ -25,35 +25,54 @@ class Remat(Call):
     def keeps(self):
         return "its operands and what its policy saves"
 
+    def halves(self, site):
+        engine = site.engine._replace(frugal=True)
+        return halves(
+            engine, self.inner(site), site.active, site.wanted, site.path, site.factored
+        )
+
     def prepare(self, site):
         both = self.halves(site)
         flat = inlined(both.body)
         atom = dict(zip(jc.open_jaxpr(both.body).outvars, jc.open_jaxpr(flat).outvars))
-        saving = Saving(flat, site.params["policy"], [atom[v] for v in both.new])
         outs, n = [atom[v] for v in both.outs], len(site.in_avals)
-        barrier = _prevents_cse(site.params["prevent_cse"])
+        # Results that the backward pass asks for are computed again like everything else.
+        results = [i for i in both.borrowed() if i >= n]
+        want = [*(atom[v] for v in both.new), *(outs[i - n] for i in results)]
+        saving = Saving(flat, site.params["policy"], want)
+        tied = _prevented(site.params["prevent_cse"], n)
 
         def forward(*operands):
             return saving.first(operands, outs)
 
-        def backward(kept, saved, douts):
-            operands = kept[:n]
-            if barrier:
-                # Ties the second computation to the cotangents: without it XLA would find that it
-                # is the first one again, and keep everything after all.
-                operands, saved, douts = lax.optimization_barrier((operands, saved, douts))
-            new = saving.again(operands, saved if saving else ((), []))
-            at = (*operands, *kept[n:])
+        def backward(operands, saved, douts):
+            again, saved, douts = _tied(tied, operands, saved, douts)
+            values = saving.again(again, saved if saving else ((), []))
+            new, made = values[: len(both.new)], values[len(both.new) :]
+            at = dict(zip((*range(n), *results), (*again, *made)))
             return both.backward(both.leaves([at[i] for i in both.borrowed()], new), douts)
 
-        results = [i for i in both.borrowed() if i >= n]
         # With nothing to save it runs as it stands: a derivative of this one meets it as `remat`.
-        forward = forward if saving or results else None
-        return Step((*range(n), *results), backward, forward, inner=(both,))
+        return Step((*range(n),), backward, forward if saving else None, inner=(both,))
 
 
-def _prevents_cse(param):
-    return any(param) if isinstance(param, tuple) else param  # jax 0.12: also one per operand
+def _prevented(param, n):
+    """Per operand, whether what is computed of it must not be found to be computed already."""
+    return param if isinstance(param, tuple) else (param,) * n  # a tuple: jax 0.12
+
+
+def _tied(tied, operands, saved, douts):
+    """The same values, the tied operands to be had only when the cotangents are.
+
+    Without it XLA would find that the second computation is the first one again, and keep
+    everything after all.
+    """
+    if not any(tied):
+        return operands, saved, douts
+    some = [x for x, t in zip(operands, tied) if t]
+    some, saved, douts = lax.optimization_barrier((some, saved, douts))
+    some = iter(some)
+    return [next(some) if t else x for x, t in zip(operands, tied)], saved, douts
 
 
 class Saving:
