@@ -196,7 +196,8 @@ class Pullback:
 
 def _checked_cotangent(d, aval):
     if not differentiable(aval):
-        if jnp.shape(d) == aval.shape and getattr(d, "dtype", None) in (float0, aval.dtype):
+        dtype = d.dtype if hasattr(d, "dtype") else jnp.result_type(d)
+        if jnp.shape(d) == aval.shape and dtype in (float0, aval.dtype):
             return ct.ZERO
         expected = f"float0{list(aval.shape)}"
     else:

@@ -27,6 +27,8 @@ class Flow:
         self.jaxpr = engine.table.outlined(jaxpr)
         body = jc.open_jaxpr(self.jaxpr)
         self.live = {v for v, a in zip(body.invars, active) if a and jc.differentiable(v.aval)}
+        # What is written to a mutable reference is read from it, in a loop from the start.
+        self.live |= set(jc.written(body.invars, body.effects) if any(active) else ())
         self.sites: list[tuple[Site, object] | None] = []
         for eqn in body.eqns:
             operands = tuple(jc.is_var(v) and v in self.live for v in eqn.invars)
@@ -35,6 +37,7 @@ class Flow:
                 site, rule = self.sites[-1]
                 out = rule.active_out(site) if rule else map(jc.differentiable, site.out_avals)
                 self.live.update(v for v, a in zip(eqn.outvars, out) if a)
+                self.live.update(jc.written(eqn.invars, eqn.effects))
         self.active_out = tuple(jc.is_var(v) and v in self.live for v in body.outvars)
 
     def reach(self, wanted: tuple[bool, ...]) -> set:

@@ -63,6 +63,12 @@ def differentiable(aval):
     return dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.inexact)
 
 
+def written(atoms, effects):
+    """Mutable references (`jax.new_ref`) among these inputs, if they may be written to."""
+    writes = any(type(e).__name__ in ("WriteEffect", "AccumEffect") for e in effects)
+    return [v for v in atoms if writes and hasattr(v.aval, "inner_aval")]
+
+
 @functools.cache
 def adds_by_compare_and_swap(dtype):
     """Whether XLA's scatter-add of such numbers on NVIDIA GPUs retries until none interferes.
