@@ -110,11 +110,13 @@ class Engine(NamedTuple):
 
     Attributes:
       frugal: inside `jax.checkpoint`: nothing is held back to be computed in one go later.
+      looped: inside a loop, whose two sweeps are two loops: XLA does not merge what is in them.
     """
 
     table: Table
     fallback: str | None = None
     frugal: bool = False
+    looped: bool = False
 
     def site(self, eqn, active, path):
         scope = "/".join(p for p in (path, jc.scope(eqn)) if p)

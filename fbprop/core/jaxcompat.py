@@ -75,10 +75,20 @@ def adds_by_compare_and_swap(dtype):
 
     bfloat16: openxla/xla#26371. float32: jaxlib 0.10.2 to 0.11.0, jax-ml/jax#38806.
     """
-    version = tuple(int(n) for n in re.findall(r"\d+", jaxlib.__version__)[:3])
     return dtype == jax.numpy.bfloat16 or (
-        dtype == jax.numpy.float32 and (0, 10, 2) <= version <= (0, 11, 0)
+        dtype == jax.numpy.float32 and (0, 10, 2) <= _jaxlib_version() <= (0, 11, 0)
     )
+
+
+@functools.cache
+def cpu_respects_barriers():
+    """Whether XLA's compiler for CPUs keeps `jax.lax.optimization_barrier` until it has looked for
+    common subexpressions: jaxlib 0.10.2 does not, 0.12.0 does."""
+    return _jaxlib_version() >= (0, 12, 0)
+
+
+def _jaxlib_version():
+    return tuple(int(n) for n in re.findall(r"\d+", jaxlib.__version__)[:3])
 
 
 def nbytes(aval):

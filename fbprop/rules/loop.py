@@ -108,11 +108,12 @@ class Loop:
         self.length, self.unroll, self.reverse = length, unroll, reverse
         n_xs = len(jc.in_avals(jaxpr)) - sum(sizes)
         factored = (Factored,) * self.n_consts + (None,) * self.n_carry + (Factored,) * n_xs
+        # Where less memory was asked for, no factors are collected.
+        self.frugal = engine.frugal or _contains_remat(jaxpr)
+        engine = engine._replace(looped=True)
         self.both = both = Halves(
             engine, inlined(jaxpr, engine.table), active, wanted, path, factored
         )
-        # Where less memory was asked for, no factors are collected.
-        self.frugal = engine.frugal or _contains_remat(jaxpr)
         self.wanted_carry = wanted[: self.n_carry]
         self.in_avals = jc.in_avals(jaxpr)
         self.n_in = len(self.in_avals)

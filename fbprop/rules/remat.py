@@ -27,7 +27,7 @@ class Remat(Call):
         return "the operands that f(x) is computed from again, and what its policy saves"
 
     def halves(self, site):
-        engine = site.engine._replace(frugal=True)
+        engine = site.engine._replace(frugal=True, looped=False)
         return halves(
             engine, self.inner(site), site.active, site.wanted, site.path, site.factored
         )
@@ -42,7 +42,8 @@ class Remat(Call):
         want = [*(atom[v] for v in both.new), *(outs[i - n] for i in results)]
         saving = Saving(flat, site.params["policy"], want)
         keep = saving.inputs([i for i in both.borrowed() if i < n])
-        tie = Tie(flat, saving.computed_again(), _prevented(site.params["prevent_cse"], n))
+        tied = _prevented(site.params["prevent_cse"], n)
+        tie = Tie(flat, saving.computed_again(), tied, hold=not site.engine.looped)
 
         def forward(*operands):
             return saving.first(operands, outs)
