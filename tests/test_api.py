@@ -91,6 +91,9 @@ def test_integer_inputs_have_float0_cotangents():
     _, pullback = fbprop.vjp(lambda x: (x, i), X)
     zero = np.zeros((2,), jax.dtypes.float0)
     same(pullback((X, zero)), (X,))
+    out = lambda x: (x * 2.0, 3)
+    for zero in (0, jnp.zeros((), int), np.zeros((), jax.dtypes.float0)):  # of an integer result
+        assert fbprop.vjp(out, 1.0)[1]((1.0, zero)) == (2.0,)
 
 
 def test_complex_follows_jax_conventions():

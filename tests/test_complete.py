@@ -8,8 +8,10 @@ import warnings
 import jax
 import jax.experimental
 import jax.extend.core.primitives
+import jax.numpy as jnp
 import jax.scipy.special
 import pytest
+from jax import lax
 from jax._src.interpreters import ad
 
 import fbprop
@@ -94,3 +96,44 @@ def test_what_is_outside_is_outside_and_says_so():
 
     with pytest.raises(fbprop.MissingRule, match="got none for 'get'"):
         fbprop.grad(stateful)(1.0)
+
+
+def written_in_a_loop(x):
+    ref = jax.new_ref(jnp.zeros(()))
+
+    def step(c, _):
+        ref[...] = ref[...] + c
+        return c * x, None
+
+    lax.scan(step, x, None, length=2)
+    return ref[...]
+
+
+def written_in_a_call(x):
+    ref = jax.new_ref(jnp.zeros(()))
+
+    @jax.jit
+    def write(x):
+        ref[...] = x * 2.0
+
+    write(x)
+    return ref[...]
+
+
+def only_written(x):
+    ref = jax.new_ref(jnp.zeros(()))
+    ref[...] = x
+    return x * x
+
+
+def only_read(x):
+    ref = jax.new_ref(jnp.ones(()) * 3.0)
+    return lax.scan(lambda c, _: (c * ref[...], None), x, None, length=2)[0]
+
+
+def test_what_is_written_to_a_reference_and_read_is_refused_and_never_zero():
+    for fun in (written_in_a_loop, written_in_a_call):
+        with pytest.raises(fbprop.MissingRule, match="got none for 'get'"):
+            fbprop.grad(fun)(2.0)
+    assert fbprop.grad(only_written)(2.0) == 4.0
+    assert fbprop.grad(only_read)(2.0) == 9.0

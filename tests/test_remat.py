@@ -1,5 +1,7 @@
 """`jax.checkpoint` and its policies: what is kept, where, and that the gradient stays the same."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import fbprop
+from fbprop.core import jaxcompat as jc
 
 X = jnp.array([0.3, 0.7, 1.1])
 POLICIES = jax.checkpoint_policies
@@ -120,3 +123,77 @@ def test_a_second_derivative_through_what_was_offloaded():
     again = jax.checkpoint(straight, policy=offloaded())
     expected = jax.grad(product(straight))(X)
     chex.assert_trees_all_close(jax.jit(fbprop.grad(product(again)))(X), expected, rtol=1e-5)
+
+
+def several_from_a_loop(c, xs):
+    """A carry, one that is a result too, an operand, and what rules ask for again."""
+
+    def step(c, x):
+        h, k = c
+        a = checkpoint_name(jnp.sin(h * x), "a")
+        return (a * k, k + jnp.sum(a)), (a, jnp.exp(-a * k), x)
+
+    (h, k), (a, e, x) = jax.lax.scan(step, (c, jnp.sum(c)), xs)
+    return a, e, h, k, x
+
+
+def several_from_a_branch(c, xs):
+    def left(c, xs):
+        a = checkpoint_name(jnp.sin(c), "a")
+        return a, jnp.cos(a) * c, jnp.exp(xs)
+
+    return jax.lax.cond(c[0] > 0, left, lambda c, xs: (c, jnp.exp(c), xs * c), c, xs)
+
+
+def several_from_parts(c, xs):
+    part = jax.checkpoint(lambda c: (jnp.tanh(checkpoint_name(c * c, "a")), jnp.cos(c)))
+    a, b = part(c)
+    count = jax.lax.while_loop(lambda n: n < 2, lambda n: n + 1, 0)
+    return (a, *jax.jit(part)(b), xs * count)
+
+
+@pytest.mark.parametrize("policy", [None, POLICIES.everything_saveable, only("a")],
+                         ids=["none", "everything", "a"])
+@pytest.mark.parametrize("fun", [several_from_a_loop, several_from_a_branch, several_from_parts])
+def test_any_of_the_results_may_be_used(fun, policy):
+    """All subsets are traced; the values are compared for the last result, and for a pair."""
+    args = X, jnp.stack([X, X * X])
+    n = len(jax.eval_shape(fun, *args))
+
+    def gradients(grad, fun, subsets):
+        loss = lambda used: lambda *args: sum(jnp.sum(fun(*args)[i] ** 2) for i in used)
+        return lambda *args: [grad(loss(used), (0, 1))(*args) for used in subsets]
+
+    again = jax.checkpoint(fun, policy=policy)
+    subsets = [c for r in range(n) for c in itertools.combinations(range(n), r + 1)]
+    jax.eval_shape(gradients(fbprop.grad, again, subsets), *args)
+    ours, theirs = (
+        jax.jit(gradients(grad, f, subsets[n - 1 : n + 1]))(*args)
+        for grad, f in [(fbprop.grad, again), (jax.grad, fun)]
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("fun", "expected"), [
+    (lambda x: jnp.tanh(x), [3]),  # x, not the result
+    (lambda x, y: jnp.sin(x) + y, [3]),  # not what is only added
+    (lambda x, y: x * 2.0 + y, []),
+])
+def test_only_what_it_is_computed_from_again_is_kept(fun, expected):
+    args = (X, X + 1.0)[: fun.__code__.co_argcount]
+    _, pullback = fbprop.vjp(jax.checkpoint(fun), *args)
+    assert [x.size for x in jax.tree.leaves(pullback)] == expected
+
+
+def test_operands_that_need_not_be_tied_are_not():
+    def barriers(prevent_cse):
+        fun = jax.checkpoint(lambda x, y: jnp.sin(jnp.sin(x) * y), prevent_cse=prevent_cse)
+        jaxpr = jax.make_jaxpr(fbprop.vjp(fun, X, X)[1])(X)
+        inner = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
+        return [len(eqn.invars) for eqn in inner]
+
+    assert barriers(False) == []
+    assert barriers(True) == [3]  # two operands and the cotangent
+    if jc.cpu_respects_barriers():  # jax 0.12, where it can be said of each operand
+        assert barriers((False, True)) == [2]
+        assert barriers((False, False)) == []

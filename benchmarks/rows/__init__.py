@@ -1,6 +1,7 @@
 """The rows, by kind of code; importing this fills the table."""
 
 from benchmarks.rows import (
+    checkpoint,
     contraction,
     convolution,
     costs,
@@ -16,6 +17,6 @@ from benchmarks.rows import (
 )
 
 __all__ = [
-    "contraction", "convolution", "costs", "elementwise", "image_steps", "indexing",
+    "checkpoint", "contraction", "convolution", "costs", "elementwise", "image_steps", "indexing",
     "other_steps", "pooling", "recurrent", "sequence_steps", "steps", "updates",
 ]

@@ -27,6 +27,8 @@ class Flow:
         self.jaxpr = engine.table.outlined(jaxpr)
         body = jc.open_jaxpr(self.jaxpr)
         self.live = {v for v, a in zip(body.invars, active) if a and jc.differentiable(v.aval)}
+        # What is written to a mutable reference is read from it, in a loop from the start.
+        self.live |= set(jc.written(body.invars, body.effects) if any(active) else ())
         self.sites: list[tuple[Site, object] | None] = []
         for eqn in body.eqns:
             operands = tuple(jc.is_var(v) and v in self.live for v in eqn.invars)
@@ -35,6 +37,7 @@ class Flow:
                 site, rule = self.sites[-1]
                 out = rule.active_out(site) if rule else map(jc.differentiable, site.out_avals)
                 self.live.update(v for v, a in zip(eqn.outvars, out) if a)
+                self.live.update(jc.written(eqn.invars, eqn.effects))
         self.active_out = tuple(jc.is_var(v) and v in self.live for v in body.outvars)
 
     def reach(self, wanted: tuple[bool, ...]) -> set:
@@ -103,10 +106,17 @@ class Kept(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """A table and a fallback, and the sweeps under them."""
+    """A table and a fallback, and the sweeps under them.
+
+    Attributes:
+      frugal: inside `jax.checkpoint`: nothing is held back to be computed in one go later.
+      looped: inside a loop, whose two sweeps are two loops: XLA does not merge what is in them.
+    """
 
     table: Table
     fallback: str | None = None
+    frugal: bool = False
+    looped: bool = False
 
     def site(self, eqn, active, path):
         scope = "/".join(p for p in (path, jc.scope(eqn)) if p)

@@ -119,16 +119,25 @@ def evaluate(jaxpr, args, want, known=None, bind=jc.bind):
     env = dict(zip(body.constvars, jc.consts_of(jaxpr)))
     env.update(zip(body.invars, args))
     env.update(known or {})
-    needed, run = {v for v in want if jc.is_var(v)}, []
-    for eqn in reversed(body.eqns):
-        missing = any(v in needed and v not in env for v in eqn.outvars)
-        if missing or (eqn.effects and known is None):
-            run.append(eqn)
-            needed.update(v for v in eqn.invars if jc.is_var(v))
-    for eqn in reversed(run):
+    for eqn in needed_equations(jaxpr, want, env, effects=known is None):
         operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
         env.update(zip(eqn.outvars, bind(eqn, operands)))
     return [env[v] if jc.is_var(v) else v.val for v in want]
+
+
+def needed_equations(jaxpr, want, known, effects=False) -> list:
+    """The equations, in order, that the atoms ``want`` need, but for what is known already.
+
+    Args:
+      effects: those with effects too.
+    """
+    needed, run = {v for v in want if jc.is_var(v)}, []
+    for eqn in reversed(jc.open_jaxpr(jaxpr).eqns):
+        missing = any(v in needed and v not in known for v in eqn.outvars)
+        if missing or (effects and eqn.effects):
+            run.append(eqn)
+            needed.update(v for v in eqn.invars if jc.is_var(v))
+    return run[::-1]
 
 
 def depends_on(jaxpr, inputs) -> set:

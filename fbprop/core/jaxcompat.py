@@ -63,15 +63,20 @@ def differentiable(aval):
     return dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.inexact)
 
 
+def written(atoms, effects):
+    """Mutable references (`jax.new_ref`) among these inputs, if they may be written to."""
+    writes = any(type(e).__name__ in ("WriteEffect", "AccumEffect") for e in effects)
+    return [v for v in atoms if writes and hasattr(v.aval, "inner_aval")]
+
+
 @functools.cache
 def adds_by_compare_and_swap(dtype):
     """Whether XLA's scatter-add of such numbers on NVIDIA GPUs retries until none interferes.
 
     bfloat16: openxla/xla#26371. float32: jaxlib 0.10.2 to 0.11.0, jax-ml/jax#38806.
     """
-    version = tuple(int(n) for n in re.findall(r"\d+", jaxlib.__version__)[:3])
     return dtype == jax.numpy.bfloat16 or (
-        dtype == jax.numpy.float32 and (0, 10, 2) <= version <= (0, 11, 0)
+        dtype == jax.numpy.float32 and (0, 10, 2) <= _jaxlib_version() <= (0, 11, 0)
     )
 
 
@@ -82,6 +87,17 @@ def primitive_names() -> set[str]:
     tables = ad.primitive_jvps, ad.primitive_transposes, mlir._lowerings
     known = {p for table in (*tables, *mlir._platform_specific_lowerings.values()) for p in table}
     return {p.name for p in known}
+
+
+@functools.cache
+def cpu_respects_barriers():
+    """Whether XLA's compiler for CPUs keeps `jax.lax.optimization_barrier` until it has looked for
+    common subexpressions: jaxlib 0.10.2 does not, 0.12.0 does."""
+    return _jaxlib_version() >= (0, 12, 0)
+
+
+def _jaxlib_version():
+    return tuple(int(n) for n in re.findall(r"\d+", jaxlib.__version__)[:3])
 
 
 def nbytes(aval):

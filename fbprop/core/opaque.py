@@ -31,6 +31,9 @@ def held(x, after):
 
     As it is where it would vary over more axes of a mesh for it.
     """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = held(jax.random.key_data(x), after)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     true = true_of(after)
     if jc.varying_axes(jax.typeof(true)) - jc.varying_axes(jax.typeof(x)):
         return x

@@ -205,11 +205,14 @@ class While(NoGradient):
             carry = grown
 
     def prepare(self, site):
-        raise ValueError(
-            "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
-            f"dynamic start/stop values{site.location()}: use lax.scan, or lax.fori_loop with "
-            "static start/stop."
-        )
+        def backward(kept, extra, douts):
+            raise ValueError(
+                "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop "
+                f"with dynamic start/stop values{site.location()}: use lax.scan, or lax.fori_loop "
+                "with static start/stop."
+            )
+
+        return Step((), backward)  # the value can be had, and a pullback that is not called
 
 
 class CustomJVP(Call):

@@ -88,6 +88,13 @@ def _fixpoint(site):
         wanted = grown
 
 
+@functools.lru_cache(2048)
+def _contains_remat(jaxpr):
+    eqns = jc.open_jaxpr(jaxpr).eqns
+    inner = (jaxpr for eqn in eqns for _, jaxpr in jc.sub_jaxprs(eqn.params))
+    return any(eqn.primitive.name == "remat2" for eqn in eqns) or any(map(_contains_remat, inner))
+
+
 @functools.lru_cache(512)
 def _loop(*key):
     return Loop(*key)
@@ -101,6 +108,9 @@ class Loop:
         self.length, self.unroll, self.reverse = length, unroll, reverse
         n_xs = len(jc.in_avals(jaxpr)) - sum(sizes)
         factored = (Factored,) * self.n_consts + (None,) * self.n_carry + (Factored,) * n_xs
+        # Where less memory was asked for, no factors are collected.
+        self.frugal = engine.frugal or _contains_remat(jaxpr)
+        engine = engine._replace(looped=True)
         self.both = both = Halves(
             engine, inlined(jaxpr, engine.table), active, wanted, path, factored
         )

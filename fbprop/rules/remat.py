@@ -11,9 +11,10 @@ import jax
 from jax import lax
 
 from fbprop.core import jaxcompat as jc
-from fbprop.core.halves import evaluate, inlined
+from fbprop.core.halves import evaluate, halves, inlined, needed_equations
 from fbprop.core.rule import Step
 from fbprop.rules.control import Call, aval_of, choose, shared_slots
+from fbprop.rules.tie import Tie
 
 
 class Remat(Call):
@@ -23,37 +24,45 @@ class Remat(Call):
         super().__init__("remat2", "y = f(x);  f(x) again, then x̄ = fᵀ(ȳ)")
 
     def keeps(self):
-        return "its operands and what its policy saves"
+        return "the operands that f(x) is computed from again, and what its policy saves"
+
+    def halves(self, site):
+        engine = site.engine._replace(frugal=True, looped=False)
+        return halves(
+            engine, self.inner(site), site.active, site.wanted, site.path, site.factored
+        )
 
     def prepare(self, site):
         both = self.halves(site)
         flat = inlined(both.body)
         atom = dict(zip(jc.open_jaxpr(both.body).outvars, jc.open_jaxpr(flat).outvars))
-        saving = Saving(flat, site.params["policy"], [atom[v] for v in both.new])
         outs, n = [atom[v] for v in both.outs], len(site.in_avals)
-        barrier = _prevents_cse(site.params["prevent_cse"])
+        # Results that the backward pass asks for are computed again like everything else.
+        results = [i for i in both.borrowed() if i >= n]
+        want = [*(atom[v] for v in both.new), *(outs[i - n] for i in results)]
+        saving = Saving(flat, site.params["policy"], want)
+        keep = saving.inputs([i for i in both.borrowed() if i < n])
+        tied = _prevented(site.params["prevent_cse"], n)
+        tie = Tie(flat, saving.computed_again(), tied, hold=not site.engine.looped)
 
         def forward(*operands):
             return saving.first(operands, outs)
 
         def backward(kept, saved, douts):
-            operands = kept[:n]
-            if barrier:
-                # Ties the second computation to the cotangents: without it XLA would find that it
-                # is the first one again, and keep everything after all.
-                operands, saved, douts = lax.optimization_barrier((operands, saved, douts))
-            new = saving.again(operands, saved if saving else ((), []))
-            at = (*operands, *kept[n:])
+            at = dict(zip(keep, kept))
+            again, saved, douts = tie([at.get(i) for i in range(n)], saved, douts)
+            values = saving.again(again, saved if saving else ((), []))
+            new, made = values[: len(both.new)], values[len(both.new) :]
+            at = dict(zip((*range(n), *results), (*again, *made)))
             return both.backward(both.leaves([at[i] for i in both.borrowed()], new), douts)
 
-        results = [i for i in both.borrowed() if i >= n]
         # With nothing to save it runs as it stands: a derivative of this one meets it as `remat`.
-        forward = forward if saving or results else None
-        return Step((*range(n), *results), backward, forward, inner=(both,))
+        return Step(keep, backward, forward if saving else None, inner=(both,))
 
 
-def _prevents_cse(param):
-    return any(param) if isinstance(param, tuple) else param  # jax 0.12: also one per operand
+def _prevented(param, n):
+    """Per operand, whether what is computed of it must not be found to be computed already."""
+    return param if isinstance(param, tuple) else (param,) * n  # a tuple: jax 0.12
 
 
 class Saving:
@@ -85,6 +94,18 @@ class Saving:
 
     def __bool__(self):
         return bool(self.saved or self.nested)
+
+    def computed_again(self):
+        """The equations that `again` runs."""
+        known = {*self.saved, *(name for name, v in self.same.items() if v in self.saved)}
+        return needed_equations(self.jaxpr, self.want, known)
+
+    def inputs(self, others):
+        """Indices of the inputs that `again` needs, and of these others."""
+        used = {v for eqn in self.computed_again() for v in eqn.invars if jc.is_var(v)}
+        used |= {v for v in self.want if jc.is_var(v)}
+        invars = jc.open_jaxpr(self.jaxpr).invars
+        return tuple(i for i, v in enumerate(invars) if v in used or i in others)
 
     def first(self, args, outs):
         """Values of the atoms ``outs``, and what is saved: a pytree for `again`."""

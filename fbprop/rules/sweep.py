@@ -75,7 +75,9 @@ class Sweep:
 
     def _is_late(self, d, summed):
         """Whether the product can wait: its factors are there, or can be collected."""
-        if not isinstance(d, Factored) or not all(map(jc.is_var, jax.tree.leaves(d))):
+        if self.loop.frugal or not isinstance(d, Factored):
+            return False
+        if not all(map(jc.is_var, jax.tree.leaves(d))):
             return False
         steps = [self._steps(f) for f in jax.tree.leaves(d)]
         return all(steps) if summed else isinstance(d, Contraction) and sum(steps) == 1
