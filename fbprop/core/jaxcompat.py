@@ -57,6 +57,15 @@ def is_var(atom):
     return not hasattr(atom, "val")
 
 
+def literal(atom):
+    """The value of a literal as the array that it stands for.
+
+    JAX holds scalars as Python numbers without a shape, or as NumPy arrays, whose arithmetic warns.
+    An equation takes them as they are (`bind`); rules, and whoever gets results, get arrays.
+    """
+    return jax.numpy.asarray(atom.val)
+
+
 def differentiable(aval):
     """Whether values of this type have a tangent space: floats and complex numbers do."""
     dtype = getattr(aval, "dtype", None)
