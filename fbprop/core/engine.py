@@ -135,7 +135,8 @@ class Engine(NamedTuple):
 
     def plan_once(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
         """The plan of a jaxpr that will not be met again, a user's: its inputs exist anyway."""
-        return Plan(Flow(self, jaxpr, active, path), wanted, factored, at_hand=True)
+        flow = Flow(self, jc.runnable(jaxpr), active, path)
+        return Plan(flow, wanted, factored, at_hand=True)
 
     def forward(self, plan: Plan, args) -> tuple[list, Kept]:
         """Evaluate the jaxpr; returns its results and what the backward sweep needs."""
