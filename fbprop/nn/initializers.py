@@ -20,26 +20,34 @@ Example:
   (3, 3, 2, 5)
 """
 
+import functools
+
 import jax.numpy as jnp
-from jax.nn.initializers import (
-    constant,
-    glorot_normal,
-    glorot_uniform,
-    he_normal,
-    he_uniform,
-    lecun_normal,
-    lecun_uniform,
-    normal,
-    ones,
-    truncated_normal,
-    uniform,
-    variance_scaling,
-    zeros,
-)
-from jax.nn.initializers import orthogonal as _orthogonal
+from jax.nn import initializers as _jax
+from jax.nn.initializers import constant, normal, ones, truncated_normal, uniform, zeros
 
 from fbprop.nn.shapes import wide_dtype
 
+
+def _also_empty(make):
+    """Initialisers of arrays without elements too, where JAX divides by the inputs or outputs."""
+
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        init = make(*args, **kwargs)
+
+        def of_any_shape(key, shape, *dtype, **options):
+            return zeros(key, shape, *dtype) if 0 in shape else init(key, shape, *dtype, **options)
+
+        return of_any_shape
+
+    return made
+
+
+variance_scaling = _also_empty(_jax.variance_scaling)
+glorot_normal, glorot_uniform = map(_also_empty, (_jax.glorot_normal, _jax.glorot_uniform))
+he_normal, he_uniform = map(_also_empty, (_jax.he_normal, _jax.he_uniform))
+lecun_normal, lecun_uniform = map(_also_empty, (_jax.lecun_normal, _jax.lecun_uniform))
 xavier_normal, xavier_uniform = glorot_normal, glorot_uniform
 kaiming_normal, kaiming_uniform = he_normal, he_uniform
 
@@ -60,7 +68,7 @@ def orthogonal(scale: float = 1.0, column_axis: int = -1):
       >>> bool(jnp.allclose(q.T @ q, jnp.eye(3), atol=1e-6))
       True
     """
-    make = _orthogonal(scale, column_axis)
+    make = _also_empty(_jax.orthogonal)(scale, column_axis)
 
     def init(key, shape, dtype=jnp.float32):
         return make(key, shape, wide_dtype(dtype)).astype(dtype)

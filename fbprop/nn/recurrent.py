@@ -185,4 +185,5 @@ def _gates(key, x, features, gates, kernel_init, recurrent_init, dtype, name):
 
 def _zeros(x, features):
     """[B, features], mapped over devices as x is."""
-    return jnp.zeros((features,), x.dtype) + jnp.zeros_like(x[:, 0, :1])
+    # A sum of no steps, which there may be none of.
+    return jnp.zeros((1, features), x.dtype) + jnp.sum(x[:, :0], (1, 2))[:, None]
