@@ -78,9 +78,10 @@ def fit(ct, aval, site, rule, operand):
     """Bring what a rule returned to the type of its operand, or say what is wrong with it.
 
     `None` becomes `ZERO`. Where the rule declares that its primitive broadcasts, the dimensions
-    that were expanded are summed. Precision is adjusted only where the primitive itself changes
-    it (a float16 operand with a float32 result); any other mismatch is an error in the rule.
-    Where shardings are a part of types, it gets its operand's.
+    that were expanded are summed. The dtype is adjusted only where the primitive itself changes it
+    (a float16 operand with a float32 result; a real one with a complex result, which gets the real
+    part); any other mismatch is an error in the rule. Where shardings are a part of types, it gets
+    its operand's.
     """
     if ct is None or is_zero(ct):
         return ZERO
@@ -92,8 +93,8 @@ def fit(ct, aval, site, rule, operand):
     if rule.broadcasts and shape != aval.shape:
         ct = unbroadcast(ct, aval.shape)
         shape = jnp.shape(ct)
-    if dtype != aval.dtype and _mixes_precision(site, aval, dtype):
-        ct, dtype = lax.convert_element_type(ct, aval.dtype), aval.dtype
+    if dtype != aval.dtype and _mixes_types(site, aval, dtype):
+        ct, dtype = converted(ct, aval.dtype), aval.dtype
     if shape != aval.shape or dtype != aval.dtype:
         raise CotangentError(
             f"A cotangent has its operand's shape and dtype, got {dtype.name}{list(shape)} "
@@ -114,10 +115,8 @@ def unbroadcast(ct, shape):
     return jnp.sum(ct, axes, keepdims=True)
 
 
-def _mixes_precision(site, aval, dtype):
-    kind = jnp.complexfloating if jnp.issubdtype(aval.dtype, jnp.complexfloating) else jnp.floating
-    mixed = any(out.dtype != aval.dtype for out in site.out_avals)
-    return mixed and jnp.issubdtype(dtype, kind)
+def _mixes_types(site, aval, dtype):
+    return jnp.issubdtype(dtype, jnp.inexact) and any(a.dtype != aval.dtype for a in site.out_avals)
 
 
 def converted(ct, dtype):

@@ -145,7 +145,8 @@ class Engine(NamedTuple):
 
     def plan_once(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
         """The plan of a jaxpr that will not be met again, a user's: its inputs exist anyway."""
-        return Plan(Flow(self, jaxpr, active, path), wanted, factored, at_hand=True)
+        flow = Flow(self, jc.runnable(jaxpr), active, path)
+        return Plan(flow, wanted, factored, at_hand=True)
 
     def forward(self, plan: Plan, args) -> tuple[list, Kept]:
         """Evaluate the jaxpr; returns its results and what the backward sweep needs."""
@@ -154,18 +155,18 @@ class Engine(NamedTuple):
         env.update(zip(body.invars, args))
         keep, extras, last = set(plan.keep), [], _last_uses(plan)
         for i, (eqn, found) in enumerate(zip(body.eqns, plan.steps)):
-            operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
             if found and found[2].forward:
+                operands = [env[v] if jc.is_var(v) else jc.literal(v) for v in eqn.invars]
                 with jc.equation_context(eqn):
                     outs, extra = found[2].forward(*operands)
                 extras.append(extra)
             else:
-                outs = jc.bind(eqn, operands)
+                outs = jc.bind(eqn, [env[v] if jc.is_var(v) else v.val for v in eqn.invars])
             env.update(zip(eqn.outvars, outs))
             for v in last.get(i, ()):
                 if v not in keep:
                     env.pop(v, None)
-        outs = [env[v] if jc.is_var(v) else v.val for v in body.outvars]
+        outs = [env[v] if jc.is_var(v) else jc.literal(v) for v in body.outvars]
         return outs, Kept(tuple(env[v] for v in plan.keep), tuple(extras))
 
     def backward(self, plan: Plan, kept: Kept, cotangents) -> list:

@@ -9,6 +9,7 @@ a user who asked for them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,7 +87,7 @@ class Contraction(Factored):
     @property
     def dtype(self):
         preferred = self.options.get("preferred_element_type")
-        return jnp.dtype(preferred or jnp.promote_types(self.x.dtype, self.y.dtype))
+        return jnp.dtype(preferred or _product_dtype(self.x.dtype, self.y.dtype))
 
     def _free(self, i):
         used = (*self.over[i], *self.batch[i])
@@ -143,7 +144,7 @@ class Contraction(Factored):
         n = len(self._free(0))
         return self if first <= second else Contraction(
             self.y, self.x, self.over[::-1], self.batch, [*self.order[n:], *self.order[:n]],
-            self.options,
+            self.options | {"precision": exchanged(self.options.get("precision"))},
         )
 
     def transposed(self, permutation: Sequence[int]) -> Contraction:
@@ -264,6 +265,27 @@ class Rows(Factored):
         )
         # What is in order, or unique, within a step need not be so across steps.
         return Rows(indices, values, self.shape, numbers, self.options | _UNORDERED)
+
+
+def exchanged(precision):
+    """The ``precision`` of a product (`jax.lax.dot_general`) for its factors in the other order."""
+    if isinstance(precision, lax.DotAlgorithm):
+        return precision._replace(
+            lhs_precision_type=precision.rhs_precision_type,
+            rhs_precision_type=precision.lhs_precision_type,
+            lhs_component_count=precision.rhs_component_count,
+            rhs_component_count=precision.lhs_component_count,
+        )
+    return precision[::-1] if isinstance(precision, tuple) else precision
+
+
+@functools.lru_cache
+def _product_dtype(x, y):
+    """Of a product of such factors: where they differ, JAX does not go by `jnp.promote_types`."""
+    if x == y:
+        return x
+    one = [jax.ShapeDtypeStruct((), dtype) for dtype in (x, y)]
+    return jax.eval_shape(lambda x, y: lax.dot_general(x, y, (((), ()), ((), ()))), *one).dtype
 
 
 def _turned(contraction):

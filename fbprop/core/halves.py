@@ -122,7 +122,7 @@ def evaluate(jaxpr, args, want, known=None, bind=jc.bind):
     for eqn in needed_equations(jaxpr, want, env, effects=known is None):
         operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
         env.update(zip(eqn.outvars, bind(eqn, operands)))
-    return [env[v] if jc.is_var(v) else v.val for v in want]
+    return [env[v] if jc.is_var(v) else jc.literal(v) for v in want]
 
 
 def needed_equations(jaxpr, want, known, effects=False) -> list:
@@ -173,7 +173,7 @@ def inlined(jaxpr, table=None):
             else:
                 outs = jc.bind(eqn, operands)
             env.update(zip(eqn.outvars, outs))
-        return [env[v] if jc.is_var(v) else v.val for v in body.outvars]
+        return [env[v] if jc.is_var(v) else jc.literal(v) for v in body.outvars]
 
     return jax.make_jaxpr(lambda *args: run(jaxpr, args))(*jc.in_avals(jaxpr))
 

@@ -57,6 +57,15 @@ def is_var(atom):
     return not hasattr(atom, "val")
 
 
+def literal(atom):
+    """The value of a literal as the array that it stands for.
+
+    JAX holds scalars as Python numbers without a shape, or as NumPy arrays, whose arithmetic warns.
+    An equation takes them as they are (`bind`); rules, and whoever gets results, get arrays.
+    """
+    return jax.numpy.asarray(atom.val)
+
+
 def differentiable(aval):
     """Whether values of this type have a tangent space: floats and complex numbers do."""
     dtype = getattr(aval, "dtype", None)
@@ -143,6 +152,53 @@ def sub_jaxprs(params):
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(open_jaxpr(item), "eqns"):
                 yield name, item
+
+
+def runnable(jaxpr):
+    """The jaxpr without the algorithms for products that the platform lacks, if it runs at once.
+
+    `jax.nn.dot_product_attention` of float16 asks for one, and where running that fails it does
+    without. A trace is not run, so it has the first form. Under `jit` JAX's has it as well.
+    """
+    if jax.default_backend() != "cpu" or (plain := _with_plain_products(jaxpr)) is jaxpr:
+        return jaxpr
+    at_once = not isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+    return plain if at_once else jaxpr
+
+
+def _with_plain_products(jaxpr):
+    body = open_jaxpr(jaxpr)
+    params = [{k: _plain(v) for k, v in eqn.params.items()} for eqn in body.eqns]
+    same = [all(v is e.params[k] for k, v in p.items()) for e, p in zip(body.eqns, params)]
+    if all(same):
+        return jaxpr
+    eqns = [e if s else e.replace(params=p) for e, p, s in zip(body.eqns, params, same)]
+    body = body.replace(eqns=eqns)
+    return body if jaxpr is open_jaxpr(jaxpr) else jaxpr.replace(jaxpr=body)  # jax 0.12; 0.10
+
+
+def _plain(param):
+    """A parameter with plain products: of a product, or of an equation that contains others."""
+    if isinstance(param, (jax.lax.DotAlgorithm, jax.lax.DotAlgorithmPreset)):
+        return param if cpu_has(param) else None
+    if isinstance(param, tuple):
+        items = tuple(map(_plain, param))
+        return param if all(a is b for a, b in zip(items, param)) else items
+    return _inner_with_plain_products(param) if hasattr(open_jaxpr(param), "eqns") else param
+
+
+_inner_with_plain_products = functools.lru_cache(2048)(_with_plain_products)
+
+
+@functools.cache
+def cpu_has(algorithm) -> bool:
+    """Whether JAX has products by this algorithm on CPUs."""
+    one = jax.ShapeDtypeStruct((1,), "float32")
+    try:
+        jax.jit(lambda x: jax.lax.dot(x, x, precision=algorithm)).lower(one)
+    except ValueError:
+        return False
+    return True
 
 
 def scan_sizes(params):

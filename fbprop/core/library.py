@@ -142,7 +142,8 @@ def reference(dotted, types, arguments):
     try:
         eqns = open_jaxpr(jax.make_jaxpr(fun)(*types)).eqns
         if len(eqns) > 1:
-            eqns = open_jaxpr(jax.make_jaxpr(jax.jit(fun))(*types)).eqns
+            with jax.disable_jit(False):  # a call also where the user has none compiled
+                eqns = open_jaxpr(jax.make_jaxpr(jax.jit(fun))(*types)).eqns
     except (TypeError, ValueError):  # the function does not take operands of these types
         return None
     return eqns[0]

@@ -136,7 +136,7 @@ class Values:
     def of(self, atom, cotangents):
         """Value of an atom, asked for by a rule that got these result cotangents."""
         if not jc.is_var(atom):
-            return atom.val
+            return jc.literal(atom)
         if atom in self.stored:
             return self.stored[atom]
         if atom not in self.made:

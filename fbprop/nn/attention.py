@@ -135,7 +135,7 @@ def _scores(q, k):
     """q · k / sqrt(D / heads) [B, H, T, T]; 16-bit products add up in float32."""
     wide = wide_dtype(q.dtype)
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
-    return scores / math.sqrt(q.shape[-1])
+    return scores / math.sqrt(max(q.shape[-1], 1))  # of no features they are 0
 
 
 def _mask(steps, causal, lengths):

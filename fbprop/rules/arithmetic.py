@@ -11,6 +11,12 @@ from jax import lax
 from fbprop.core.rule import broadcasting, elementwise, linear, no_gradient, pair
 
 
+def _times(dy, other):
+    """ȳ times the other operand, as what the forward multiplied (jax 0.12: ``out_dtype``)."""
+    same = other.dtype == dy.dtype
+    return dy * (other if same else lax.convert_element_type(other, dy.dtype))
+
+
 def _share(dy, mine, other, out):
     """Cotangent of the operand that is the extremum; halves where the operands are equal."""
     half = jnp.asarray(0.5, dy.dtype)
@@ -62,7 +68,7 @@ RULES = [
     broadcasting("sub", "y = a − b;  ā = ȳ, b̄ = −ȳ", a=lambda dy: dy, b=lambda dy: -dy),
     broadcasting(
         "mul", "y = a b;  ā = ȳ b, b̄ = ȳ a.  Keeps the other operand.",
-        a=lambda dy, b: dy * b, b=lambda dy, a: dy * a,
+        a=lambda dy, b: _times(dy, b), b=lambda dy, a: _times(dy, a),
     ),
     broadcasting(
         "div", "y = a / b;  ā = ȳ / b, b̄ = −ȳ y / b.  Keeps b and y.",

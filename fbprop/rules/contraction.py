@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from fbprop.core.factored import Contraction
+from fbprop.core.factored import Contraction, exchanged
 from fbprop.core.jaxcompat import explicit_sharding
 from fbprop.core.rule import Pullbacks, pair
 
@@ -28,8 +28,9 @@ def _cotangent(aval, dy, other, mine, theirs, dy_free, **options):
       mine, theirs: (contracted, batch) dimensions of the operand whose cotangent this is, and of
         the other.
       dy_free: where the other's free dimensions are in ``dy``.
-      options: precision and result type, as in the forward. (16-bit products with a 16-bit result
-        are accumulated in float32 by XLA itself, on CPU as on accelerators.)
+      options: precision and result type, as in the forward, ȳ in the place of the operand. (16-bit
+        products with a 16-bit result are accumulated in float32 by XLA itself, on CPU as on
+        accelerators.)
     """
     (contracted, batch), (contracted_other, batch_other) = mine, theirs
     n_batch, n_free = len(batch), dy.ndim - len(batch) - len(dy_free)
@@ -41,6 +42,8 @@ def _cotangent(aval, dy, other, mine, theirs, dy_free, **options):
     order, factors = [*batch, *left, *free], (other, dy)
     if order != sorted(order):
         order, factors = [*batch, *free, *left], (dy, other)
+    else:
+        options["precision"] = exchanged(options["precision"])
     (x, over_x, batch_x), (y, over_y, batch_y) = factors
     if explicit_sharding(aval):
         options["out_sharding"] = explicit_sharding(aval, order)
@@ -60,7 +63,7 @@ def _dot_general_b(dy, a, *, b_aval, dimension_numbers, precision, preferred_ele
     (ca, cb), (ba, bb) = dimension_numbers
     return _cotangent(
         b_aval, dy, a, (cb, bb), (ca, ba), list(range(len(ba), a.ndim - len(ca))),
-        precision=precision, preferred_element_type=preferred_element_type,
+        precision=exchanged(precision), preferred_element_type=preferred_element_type,
     )
 
 
@@ -91,16 +94,17 @@ def _ragged(site, kept, dy):
     left_x, left_w = [cx[i] for i in np.argsort(cw)], [cw[i] for i in np.argsort(cx)]
     # Dimensions of ȳ: the group if it was summed by group, batch, free ones of x, of w.
     first, last = 1 if row in cx else 0, dy.ndim - len(free_w)
+    precision = site.params["precision"]
     batch = list(range(first, first + len(bx)))
     dy_x, dy_w = list(range(first + len(bx), last)), list(range(last, dy.ndim))
     if row in cx:
         over, at, groups = ((free_w, dy_w), (bw, batch)), cw[list(cx).index(row)], [0]
-        to_x = w, dy, sizes, over, at, groups, [*bx, *left_x, *free_x]
+        to_x = w, dy, sizes, over, at, groups, [*bx, *left_x, *free_x], exchanged(precision)
     else:
         over, at, groups = ((dy_w, free_w), (batch, bw)), dy_x[free_x.index(row)], []
-        to_x = dy, w, sizes, over, at, group, [*bx, *free_x, *left_x]
+        to_x = dy, w, sizes, over, at, group, [*bx, *free_x, *left_x], precision
     over = (free_x, dy_x), (bx, batch)
-    to_w = x, dy, sizes, over, row, groups, [*group, *bw, *left_w, *free_w]
+    to_w = x, dy, sizes, over, row, groups, [*group, *bw, *left_w, *free_w], precision
     wanted = zip((to_x, to_w), site.reached)
     return [*(_by_group(site, *product) if r else None for product, r in wanted), None]
 
@@ -113,12 +117,11 @@ def _check_ragged(site, in_batch, row):
         )
 
 
-def _by_group(site, x, w, sizes, over, row, group, order):
+def _by_group(site, x, w, sizes, over, row, group, order, precision):
     """A ragged product whose result's dimensions are those of an operand, in this order."""
     out = lax.ragged_dot_general(
         x, w, sizes, lax.RaggedDotDimensionNumbers(over, [row], group),
-        precision=site.params["precision"],
-        preferred_element_type=site.params["preferred_element_type"],
+        precision=precision, preferred_element_type=site.params["preferred_element_type"],
     )
     return lax.transpose(out, np.argsort(order))
 

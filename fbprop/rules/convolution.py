@@ -49,7 +49,7 @@ def formulation(x_shape, w_shape, geometry, batch_groups=1):
     if still and not any(map(any, geometry.pads)) and groups == batch_groups == 1:
         return "matmul"
     depthwise = groups == x_shape[-1] == w_shape[-1] > 1 and math.prod(kernel) <= UNROLLED
-    return "taps" if depthwise and 0 not in (*x_shape, *w_shape) else "convolution"
+    return "taps" if depthwise else "convolution"
 
 
 class Convolution(Pair):
@@ -64,7 +64,8 @@ class Convolution(Pair):
         if _in_types(site):
             return jax_step(site)
         step, problem = super().prepare(site), _Problem(site)
-        if problem.batch_groups > 1 or (problem.chosen == "convolution" and problem.ordinary):
+        as_jax = problem.chosen == "convolution" and problem.ordinary
+        if problem.batch_groups > 1 or as_jax or _is_empty(site):
             return step
 
         def forward(x, w):
@@ -209,7 +210,8 @@ def _convolve_taps(x, w, geometry, dtype):
 
     def each(x):
         views = _views(_wide(x), w.shape[:n], g, count)
-        return sum(v * t for v, t in zip(views, _wide(w).reshape(-1, w.shape[-1]))).astype(dtype)
+        taps = _wide(w).reshape(-1, *(1,) * (x.ndim - 1), w.shape[-1])
+        return sum(v * t for v, t in zip(views, taps)).astype(dtype)
 
     return _map_images(each, x, (x.shape[0], *count, x.shape[-1]), dtype)
 
@@ -273,12 +275,16 @@ def _sum_images(fun, x, dy, shape, least):
     return total.astype(dy.dtype)
 
 
+def _is_empty(site):
+    return any(a.size == 0 for a in (*site.in_avals, *site.out_avals))
+
+
 def _keep(site):
     return tuple(i for i in (0, 1) if site.active[1 - i])
 
 
 def _backward(site, kept, dy):
-    if dy.size == 0:
+    if _is_empty(site):  # sums of no terms
         return [jnp.zeros(a.shape, a.dtype) for a in site.in_avals]
     problem, kept = _Problem(site), dict(zip(_keep(site), kept))
     x_active, w_active = site.active

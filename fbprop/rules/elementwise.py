@@ -12,6 +12,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core import cotangent as ct
 from fbprop.core.rule import Pullbacks, broadcasting, elementwise, linear, no_gradient, pair
 
 LN2 = math.log(2)
@@ -58,9 +59,7 @@ def _asinh(dy, x):
 
 
 def _convert(dy, *, x_aval):
-    if _is_complex(dy) and not _is_complex(x_aval):
-        dy = lax.real(dy)
-    return lax.convert_element_type(dy, x_aval.dtype)
+    return ct.converted(dy, x_aval.dtype)
 
 
 class _Sign(Pullbacks):

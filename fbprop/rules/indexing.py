@@ -32,6 +32,8 @@ def _gather_windows(x, indices, updates_shape, params, fill=None):
 
     ``fill`` stands where the scatter drops the update; by default NaN, which equals nothing.
     """
+    if x.size == 0:  # there is no place that one could be read from
+        return jnp.full(updates_shape, jnp.nan if fill is None else fill, x.dtype)
     dims = params["dimension_numbers"]
     numbers = lax.GatherDimensionNumbers(
         offset_dims=dims.update_window_dims, collapsed_slice_dims=dims.inserted_window_dims,

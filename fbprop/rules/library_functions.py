@@ -69,7 +69,7 @@ class LogSoftmax(Rule):
         axis = site.params["axis"]
 
         def forward(x):
-            top = jnp.max(x, axis, keepdims=True)
+            top = jnp.max(x, axis, keepdims=True, initial=-jnp.inf)  # also of no elements
             total = jnp.sum(jnp.exp(x - top), axis, keepdims=True)
             return [x - top - jnp.log(total)], (top, total)
 

@@ -85,7 +85,7 @@ def _window(aval, p):
 
 def _padded(x, fill, window):
     config = [(lo, hi, d - 1) for (lo, hi), d in zip(window.padding, window.base_dilation)]
-    return lax.pad(x, jnp.asarray(fill, x.dtype), config)
+    return lax.pad(x, np.asarray(fill, x.dtype), config)
 
 
 def _views(padded, window):

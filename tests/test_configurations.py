@@ -1,0 +1,75 @@
+"""Rows under JAX's settings: what JAX's gradient does under one, ours does as well.
+
+All tests run under strict dtype promotion; test_rules.py has every row with 64-bit types, these are
+without. Settings that a trace shows are tried for every row. Where operations have to run one by
+one, which takes a second a row, it is every 24th of them, and every sixth for leaks.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+
+import fbprop
+from cases import CASES
+from fbprop.check import random_cotangent
+
+WIDE = {"dot_general-preferred", "convert_element_type-complex"}  # ask for 64 bits themselves
+ROWS = [case for case in CASES if case.id not in WIDE]
+
+
+def operands(case):
+    """In 32 bits, and a cotangent of the row's results."""
+    primals = [jnp.asarray(v) for v in case.values()]
+    return primals, random_cotangent(jax.eval_shape(case.fun, *primals))
+
+
+def cotangents(ad, case, primals, cotangent):
+    return [d for d in ad.vjp(case.fun, *primals)[1](cotangent) if d.dtype != jax.dtypes.float0]
+
+
+def types(ad, *row):
+    return jax.eval_shape(lambda: cotangents(ad, *row))
+
+
+def failures(rows, run, setting):
+    """Rows with which ``run`` fails under a setting with our derivatives and not with JAX's."""
+    failed, done = [], 0
+    for case in rows:
+        given = operands(case)
+        try:
+            with setting():
+                run(fbprop, case, *given)
+            done += 1
+        except Exception as error:
+            try:
+                with setting():
+                    run(jax, case, *given)
+            except Exception:
+                continue  # the row itself, or JAX
+            failed.append(f"{case.id}: {error!r}")
+    assert done > 0.8 * len(rows)
+    return failed
+
+
+def test_every_rule_without_broadcasting_of_ranks():
+    failed = failures(ROWS, types, lambda: jax.numpy_rank_promotion("raise"))
+    assert not failed, "\n".join(failed)
+
+
+def test_rules_leak_no_tracers():
+    failed = failures(ROWS[::6], types, jax.checking_leaks)
+    assert not failed, "\n".join(failed)
+
+
+def one_by_one():
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.disable_jit())
+    stack.enter_context(jax.debug_nans(True))
+    return stack
+
+
+def test_rules_operation_by_operation_without_nan():
+    """Nowhere on the way to a cotangent is there one without JAX having it too."""
+    failed = failures(ROWS[::24], cotangents, one_by_one)
+    assert not failed, "\n".join(failed)
