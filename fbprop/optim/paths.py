@@ -14,6 +14,7 @@ import jax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
 from fbprop.core.factored import dense
+from fbprop.optim.arguments import check_alike, check_state
 from fbprop.optim.chain import check_optimizer, hold, holding, is_freezing, with_extra
 from fbprop.optim.transform import Optimizer
 
@@ -158,6 +159,9 @@ def grouped(groups) -> Optimizer:
 
     def update(grads, state, params=None, **extra):
         grads = dense(grads)
+        check_state(state, tuple)
+        if params is not None:
+            check_alike(grads, params, "Gradients", "the parameters")
         which = _labels(groups, grads)
         parts, states = [], []
         for k, (one, old) in enumerate(zip(update_of, state)):
