@@ -17,7 +17,7 @@ class State(NamedTuple):
     Attributes:
       params: pytree of arrays.
       opt_state: the optimiser's state.
-      step: updates done, int32 [].
+      step: updates done, int32 []; 2³¹ − 1 stays what it is, as optimisers' counts do.
       key: the run's random key, the same throughout; step t uses ``fold_in(key, t)``, so a run
         resumed at t draws what an uninterrupted one would.
       model_state: what the model carries from step to step besides parameters, such as running

@@ -11,7 +11,7 @@ from jax.tree_util import tree_map
 
 from fbprop.core.table import Table
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
-from fbprop.optim.transform import takes_factored
+from fbprop.optim.transform import increment, takes_factored
 from fbprop.train.gradients import check_pieces, gradients_of
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
 from fbprop.train.state import State
@@ -126,7 +126,7 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
         got = gradients(held, state.params, batch, key, state.model_state, scale)
         updates, opt_state = update_of(got.grads, state.opt_state, held, value=got.value)
         new = State(
-            apply_updates(state.params, updates), opt_state, state.step + 1, state.key,
+            apply_updates(state.params, updates), opt_state, increment(state.step), state.key,
             got.model_state, state.loss_scale,
         )
         metrics = {"loss": got.value, **got.metrics}
