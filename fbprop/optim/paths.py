@@ -168,12 +168,26 @@ def grouped(groups) -> Optimizer:
             part = _part(which, k, grads)
             if one is not None:
                 mine = None if params is None else _part(which, k, params)
-                part, old = one(part, old, mine, **extra)
+                part, old = one(part, old, mine, **_extra_of(which, k, params, extra))
             parts.append(part)
             states.append(old)
         return _merge(which, parts), tuple(states)
 
     return Optimizer(init, update)
+
+
+def _extra_of(which, k, params, extra):
+    """What group ``k`` gets besides: its part of the gradient, and a line search over its own."""
+    mine = dict(extra)
+    if "grad" in extra:
+        mine["grad"] = _part(which, k, extra["grad"])
+    if "value_fn" in extra and params is not None:
+        def value_fn(part):
+            full = tree_map(lambda group, p, q: q if group == k else p, which, params, part)
+            return extra["value_fn"](full)
+
+        mine["value_fn"] = value_fn
+    return mine
 
 
 def _labels(groups, params):

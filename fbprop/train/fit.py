@@ -83,11 +83,13 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     Raises:
       NonFiniteLoss: the loss or the parameters are not finite; it names the step, and the last
         checkpoint is from before.
-      CheckpointError: the newest checkpoint is damaged or of another model.
+      CheckpointError: the newest sound checkpoint is of another model, or all are damaged.
+      OSError: the directory for checkpoints cannot be written to.
       ValueError: arguments that do not go together.
 
     Warns:
-      RuntimeWarning: the training loss has risen by half of what it had fallen.
+      RuntimeWarning: the training loss has risen by half of what it had fallen; or a checkpoint is
+        damaged, which is passed over.
 
     Example:
       >>> import jax.numpy as jnp

@@ -107,12 +107,21 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Non
     header = _header(tensors, metadata)
     raw = [_bytes(x) for x in tensors.values()]
     header = header.replace(_stamp(_ZEROS), _stamp(_digest(header, *raw)), 1)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"Arrays are written to a file, got the directory {path} expected a path where a file "
+            "can be: remove it, or choose another name."
+        )
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.writelines([len(header).to_bytes(8, "little"), header, *raw])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.writelines([len(header).to_bytes(8, "little"), header, *raw])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:  # a full disk, an interrupt: nothing half-written stays
+        partial.unlink(missing_ok=True)
+        raise
     _sync_directory(path.parent)
 
 
