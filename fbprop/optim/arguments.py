@@ -65,8 +65,9 @@ def numbers(tree, name: str):
             path = path_of(tree, i)
             raise TypeError(
                 f"Optimisers move real and complex numbers, got {name} {path!r} of {_type(x)} "
-                "expected a floating or complex dtype: freeze a parameter that is no number to "
-                f"learn, fbprop.optim.freeze(optimizer, {path!r}), or keep it out of the tree."
+                "expected a floating or complex dtype: freeze a parameter that does not learn, "
+                f"fbprop.optim.freeze(optimizer, {path!r}), or keep it out of the tree; and call "
+                "init(params), update(grads, state, params)."
             )
     return jax.tree.unflatten(structure, leaves)
 

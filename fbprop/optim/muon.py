@@ -7,7 +7,7 @@ import numpy as np
 from jax.tree_util import tree_map
 
 from fbprop.optim.adam import momentum_weights, scale_by_adam
-from fbprop.optim.arguments import check_count, check_decay, check_least
+from fbprop.optim.arguments import check_count, check_decay, check_least, numbers
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.norm import norm_of
@@ -17,6 +17,7 @@ from fbprop.optim.transform import (
     leafwise,
     scale_by_learning_rate,
     scaled,
+    wide,
     zeros,
 )
 
@@ -139,6 +140,7 @@ def orthogonalize(x, steps: int = 5, coefficients=COEFFICIENTS, eps: float = 1e-
       True
     """
     _check_iteration(steps, coefficients, eps)
+    x = wide(numbers(x, "a matrix"))
     if x.ndim != 2:
         raise ValueError(
             f"A matrix has two axes, got x of shape {x.shape} expected [rows, columns]: reshape "

@@ -78,6 +78,17 @@ def call_loss(loss, params, batch, key, model_state=None) -> Outcome:
             f"A loss returns {form}, got {_kinds(out)} expected one of these: put what you want "
             "reported into the dict, and a mean over tokens as fbprop.train.Weighted(sum, weight)."
         )
+    total = value.sum if isinstance(value, Weighted) else value
+    if jnp.shape(total) or not jnp.issubdtype(jnp.result_type(total), jnp.floating):
+        raise TypeError(
+            f"A loss is one real number, got {_say(jnp.asarray(total))} expected a floating "
+            "scalar: reduce it, with jnp.mean say, and convert integers with astype."
+        )
+    if not all(_is_number(m) for m in jax.tree.leaves(metrics)):
+        raise TypeError(
+            f"Metrics are arrays, got {tree_map(_say, metrics)} expected a dict of arrays: leave "
+            "what is no number out of it."
+        )
     if "loss" in metrics:
         raise ValueError(
             'metrics["loss"] is the loss itself, got a metric of that name from the loss function; '

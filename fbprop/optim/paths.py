@@ -11,6 +11,7 @@ import fnmatch
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
 from fbprop.core.factored import dense
@@ -44,7 +45,7 @@ def select(where, params):
       params: a pytree.
 
     Raises:
-      ValueError: a pattern that matches no path.
+      ValueError: a pattern that matches no path, or bools in another tree.
 
     Example:
       >>> from fbprop import optim
@@ -55,7 +56,16 @@ def select(where, params):
     if isinstance(patterns, (list, tuple)) and all(isinstance(p, str) for p in patterns):
         return _matching(patterns, params)
     mask = where(params) if callable(where) else where
-    return tree_map(lambda m, part: tree_map(lambda _: bool(m), part), mask, params)
+    if all(isinstance(m, (bool, np.bool)) for m in jax.tree.leaves(mask)):
+        try:
+            return tree_map(lambda m, part: tree_map(lambda _: bool(m), part), mask, params)
+        except ValueError:
+            pass  # another tree
+    raise ValueError(
+        f"Parameters are chosen by patterns on paths or a tree of bools, got {mask!r} expected one "
+        f"for the paths {jax.tree.leaves(paths(params))[:20]}: a pattern such as '*/w', or bools "
+        "in the form of the parameters."
+    )
 
 
 def _matching(patterns, params):
@@ -85,6 +95,7 @@ def by_path(optimizers: Mapping[str, Optimizer | None]) -> Optimizer:
 
     Raises:
       ValueError: a pattern matches no parameter, or a parameter no pattern.
+      TypeError: no dict, or an empty one; no optimiser.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,6 +106,11 @@ def by_path(optimizers: Mapping[str, Optimizer | None]) -> Optimizer:
       >>> {k: float(v) for k, v in optim.apply_updates(params, updates).items() if k != "head"}
       {'body': 0.8999999761581421, 'embed': 1.0}
     """
+    if not isinstance(optimizers, Mapping) or not optimizers:
+        raise TypeError(
+            f"Groups are a dict from pattern to optimiser, got {optimizers!r} expected e.g. "
+            '{"head/*": optim.adam(1e-3), "*": None}.'
+        )
     groups = list(optimizers.items())
     live = grouped(groups)
     if all(optimizer is not None and not is_freezing(optimizer) for _, optimizer in groups):

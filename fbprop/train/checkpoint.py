@@ -66,6 +66,8 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
       [1.0, 1.0, 1.0]
     """
     check_keep_last(keep_last)
+    if not isinstance(metadata, (dict, type(None))):
+        raise TypeError(f"metadata is a dict for JSON, got {metadata!r} expected a dict, or None.")
     path = pathlib.Path(path)
     named = named_leaves(state)
     manifest = {
@@ -102,6 +104,7 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
 
     Example: see `save`.
     """
+    path = pathlib.Path(path)
     check_format(path, read_manifest(path))
     contents = read(path)
     manifest = _manifest(path, contents.metadata)
@@ -173,7 +176,7 @@ def latest(directory: str | os.PathLike) -> pathlib.Path | None:
 
 
 def check_keep_last(keep_last):
-    if keep_last is not None and keep_last < 1:
+    if keep_last is not None and not (isinstance(keep_last, int) and keep_last >= 1):
         raise ValueError(
             f"The last checkpoint stays, got keep_last={keep_last} expected >= 1, or None for all."
         )

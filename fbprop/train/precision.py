@@ -103,11 +103,16 @@ def keep_if_finite(finite: jax.Array, new, old):
 
 
 def check_compute_dtype(dtype):
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(
-            f"Networks compute with real numbers, got compute_dtype={jnp.dtype(dtype).name} "
-            "expected a floating dtype: jnp.bfloat16 or jnp.float16."
-        )
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+        if name is None or jnp.issubdtype(name, jnp.floating):
+            return
+    except TypeError:
+        name = repr(dtype)
+    raise ValueError(
+        f"Networks compute with real numbers, got compute_dtype={name} expected a floating dtype: "
+        "jnp.bfloat16 or jnp.float16."
+    )
 
 
 def check_scaled(dtype, scale):

@@ -15,7 +15,7 @@ from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing
 from fbprop.optim.transform import increment, scaled, takes_factored
 from fbprop.train.gradients import check_pieces, gradients_of
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
-from fbprop.train.state import State
+from fbprop.train.state import State, check_is_state
 
 
 def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
@@ -121,6 +121,7 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
     )
 
     def one(state: State, batch):
+        check_is_state(state)
         check_scaled(compute_dtype, state.loss_scale)
         key = jax.random.fold_in(state.key, state.step)
         held = _trainable(optimizer, state.params)
@@ -174,6 +175,11 @@ def _trainable(optimizer, params):
 
 
 def _check_data(data, indices):
+    if not hasattr(indices, "ndim"):
+        raise TypeError(
+            f"indices are one array [steps, batch], got {type(indices).__name__} expected e.g. "
+            "fbprop.data.batches(n, batch_size)."
+        )
     if indices.ndim not in (1, 2) or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(
             f"indices are integers [steps, batch], got {jax.typeof(indices).str_short()}; "
