@@ -28,9 +28,7 @@ def add_weight_decay(rate: float, mask=None) -> Optimizer:
       ValueError: λ < 0; or ``update`` is called without params.
 
     Example:
-      >>> import jax
-import jax.numpy as jnp
-import numpy as np
+      >>> import jax.numpy as jnp
       >>> from fbprop import optim
       >>> decay = optim.add_weight_decay(0.5, mask="w")
       >>> params = {"w": jnp.array(2.0), "b": jnp.array(2.0)}
