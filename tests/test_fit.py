@@ -344,8 +344,8 @@ def test_progress_uses_tqdm_where_it_is_installed(monkeypatch):
 
 ERRORS = {
     "no end": ("neither epochs nor steps", {"epochs": None}),
-    "no epochs": ("got epochs=0 expected >= 1", {"epochs": 0}),
-    "no rounds": ("got every=0 expected >= 1", {"every": 0}),
+    "no epochs": ("got epochs=0 expected an integer >= 1", {"epochs": 0}),
+    "no rounds": ("got every=0 expected an integer >= 1", {"every": 0}),
     "no patience": ("got patience=0", {"patience": 0, "metric": metric, "held_out": DATA}),
     "metric alone": ("one of metric and held_out; expected both", {"metric": metric}),
     "held out alone": ("one of metric and held_out; expected both", {"held_out": DATA}),

@@ -198,7 +198,9 @@ ERRORS = {
         ValueError, r"first axes of \[12\] expected one length, a multiple of accumulate=5",
         lambda: once(mean_loss, accumulate=5),
     ),
-    "no pieces": (ValueError, "got accumulate=0 expected >= 1", lambda: once(mean_loss, 0)),
+    "no pieces": (
+        ValueError, "got accumulate=0 expected an integer >= 1", lambda: once(mean_loss, 0)
+    ),
     "no model state returned": (
         TypeError, r"\(scalar, dict of metrics, model state\), as the state has one, got \(.*dict",
         lambda: once(lambda p, b, k, s: mean_loss(p, b, k), model_state=jnp.ones(2)),

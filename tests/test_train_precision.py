@@ -118,6 +118,34 @@ def test_the_scale_grows_after_an_interval_and_never_below_one():
     assert float(state.loss_scale.scale) == 1
 
 
+def test_the_scale_has_an_upper_bound_and_comes_back():
+    """Gradients stay right at the bound, whatever divides them; an overflow halves it again."""
+    optimizer = optim.sgd(1.0)
+
+    def weighted(params, batch, key):
+        total = jnp.sum(params * batch) * 1e-20
+        return train.Weighted(total, jnp.float32(3))
+
+    step = train.step(weighted, optimizer, accumulate=2)
+    scale = train.loss_scale(2.0**60, 1)
+    state, scales = train.init(jnp.zeros(2), optimizer, loss_scale=scale), []
+    for _ in range(8):
+        before = np.asarray(state.params)
+        state, metrics = step(state, jnp.ones((2, 2)))
+        scales.append(float(metrics["loss_scale"]))
+        np.testing.assert_allclose(state.params - before, -2e-20 / 6 * np.ones(2), rtol=1e-5)
+    assert scales == [2.0 ** min(n, 64) for n in range(60, 68)]
+    for found, then in [(2.0**64, 2.0**63), (np.inf, 2.0**64)]:
+        fresh = train.loss_scale(interval=1)._replace(scale=jnp.float32(found))
+        state = state._replace(loss_scale=fresh)
+        state, metrics = step(state, jnp.full((2, 2), jnp.inf))
+        assert bool(metrics["skipped"])
+        assert float(state.loss_scale.scale) == then
+    assert bool(jnp.isfinite(state.params).all())
+    state, metrics = step(state, jnp.ones((2, 2)))
+    assert not bool(metrics["skipped"])
+
+
 def test_a_skipped_step_leaves_the_model_state():
     def stateful(params, batch, key, model_state):
         return steep(params, batch, key), {}, model_state + 1
@@ -157,6 +185,9 @@ ERRORS = {
     "odd scale": ("got initial=3 expected 1, 2, 4", lambda: train.loss_scale(3)),
     "no scale": ("got initial=0.5", lambda: train.loss_scale(0.5)),
     "infinite scale": ("got initial=inf", lambda: train.loss_scale(float("inf"))),
+    "too large a scale": ("expected 1, 2, 4, .* up to", lambda: train.loss_scale(2.0**65)),
+    "half an interval": ("got interval=2.5", lambda: train.loss_scale(interval=2.5)),
+    "long interval": ("got interval=2147483648", lambda: train.loss_scale(interval=2**31)),
     "no interval": ("got interval=0", lambda: train.loss_scale(interval=0)),
 }
 

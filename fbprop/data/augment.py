@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -32,8 +33,10 @@ def random_shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
       (2, 4, 4, 1)
     """
     _check_images(images)
-    if pixels < 0:
-        raise ValueError(f"A shift has a length, got pixels={pixels} expected >= 0.")
+    if not isinstance(pixels, int) or pixels < 0:
+        raise ValueError(
+            f"A shift is a number of whole pixels, got pixels={pixels!r} expected an integer >= 0."
+        )
     padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
     return random_crop(key, padded, images.shape[1:3])
 
@@ -60,6 +63,8 @@ def random_crop(key: jax.Array, images: jax.Array, size: tuple[int, int]) -> jax
     """
     _check_images(images)
     _, height, width, channels = images.shape
+    if np.shape(size) != (2,):
+        raise ValueError(f"A crop has two sides, got {size=} expected (height, width).")
     if not (1 <= size[0] <= height and 1 <= size[1] <= width):
         raise ValueError(
             f"A crop lies inside its image, got size={tuple(size)} expected 1 to {height} and 1 to "
@@ -96,9 +101,10 @@ def random_flip(key: jax.Array, images: jax.Array, probability: float = 0.5) -> 
       Array([2., 1., 0.], dtype=float32)
     """
     _check_images(images)
-    if not 0 <= probability <= 1:
+    traced = isinstance(probability, jax.core.Tracer)
+    if not traced and (isinstance(probability, str) or not 0 <= probability <= 1):
         raise ValueError(
-            f"Images are flipped with a probability, got {probability} expected one in [0, 1]."
+            f"Images are flipped with a probability, got {probability!r} expected one in [0, 1]."
         )
     flipped = jax.random.bernoulli(key, probability, (len(images), 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
@@ -156,8 +162,8 @@ def mixup(key: jax.Array, inputs: jax.Array, targets: jax.Array, alpha: float = 
 
 
 def _check_images(images):
-    if images.ndim != 4:
+    if np.ndim(images) != 4 or not hasattr(images, "dtype"):
         raise ValueError(
-            f"Images are [batch, height, width, channels], got shape {images.shape} expected four "
-            "axes: images[..., None] adds the channel to grey ones."
+            f"Images are [batch, height, width, channels], got shape {np.shape(images)} expected "
+            "four axes of an array: images[..., None] adds the channel to grey ones."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def batches(n: int, batch_size: int, *, key: jax.Array | None = None,
@@ -62,11 +63,12 @@ def iterate(data: Any, batch_size: int, *, key: jax.Array | None = None,
       >>> [batch["x"].tolist() for batch in data.iterate({"x": np.arange(5)}, 2)]
       [[0, 1], [2, 3], [4]]
     """
-    counts = sorted({leaf.shape[0] for leaf in jax.tree.leaves(data)})
-    if len(counts) != 1:
+    counts = sorted({np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)})
+    counts = [n for first in counts for n in first or [None]]
+    if len(counts) != 1 or None in counts:
         raise ValueError(
             f"Arrays of a data set have one row per example, got first axes of {counts} expected "
-            "one length for all."
+            "one length for all: arrays, not lists of numbers."
         )
     order = jax.device_get(_order(counts[0], batch_size, key))
     return _gather(data, order, batch_size, drop_remainder)
@@ -80,9 +82,10 @@ def _gather(data, order, batch_size, drop_remainder):
 
 
 def _order(n, batch_size, key):
-    if not 1 <= batch_size <= n:
+    whole = all(isinstance(x, (int, np.integer)) for x in (n, batch_size))
+    if not whole or not 1 <= batch_size <= n:
         raise ValueError(
-            f"A batch holds some of the examples, got batch_size={batch_size} expected 1 to {n}, "
+            f"A batch holds some of the examples, got batch_size={batch_size!r} expected 1 to {n}, "
             "the number of examples."
         )
     order = jnp.arange(n, dtype=jnp.int32)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import zipfile
+import zlib
 from importlib import resources
 
 import numpy as np
@@ -40,8 +42,14 @@ def digits(
       ((1437, 8, 8, 1), (360,))
     """
     source = resources.files("fbprop.data") / "digits.npz" if file is None else pathlib.Path(file)
-    with source.open("rb") as opened:
-        stored = dict(np.load(opened))
+    try:
+        with source.open("rb") as opened:
+            stored = dict(np.load(opened))
+    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"Digits are stored as .npz, got {file}, which is none or damaged ({error}); expected "
+            "a file of np.savez(file, image=..., label=...)."
+        ) from None
     shapes = {name: stored[name].shape for name in ("image", "label") if name in stored}
     if shapes.get("image", ())[1:] != (8, 8) or shapes.get("label") != shapes["image"][:1]:
         raise ValueError(

@@ -41,7 +41,7 @@ def download(url: str, file: str | os.PathLike, *, sha256: str, progress: bool |
     Raises:
       DownloadError: no such file or server, the connection ended early (the part is kept), a
         wrong checksum (nothing is kept), or a ``file`` that exists and is another one.
-      ValueError: ``sha256`` is no checksum.
+      ValueError: ``sha256`` is no checksum, or ``url`` no address.
 
     Example:
       >>> import hashlib, pathlib, tempfile
@@ -52,7 +52,12 @@ def download(url: str, file: str | os.PathLike, *, sha256: str, progress: bool |
       >>> data.download((folder / "a").as_uri(), folder / "b", sha256=checksum).read_bytes()
       b'abc'
     """
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+    if not re.match(r"(https?|file):", str(url)):
+        raise ValueError(
+            f"A download has an address, got url={url!r} expected http://..., https://... or "
+            "file://..."
+        )
+    if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(
             f"A SHA-256 checksum is 64 hexadecimal digits, got {sha256!r}; expected what "
             "`sha256sum` prints for the file."

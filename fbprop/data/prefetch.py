@@ -38,8 +38,13 @@ def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
       >>> list(prefetch(range(4)))
       [0, 1, 2, 3]
     """
-    if size < 1:
-        raise ValueError(f"Batches wait in a queue, got size={size} expected >= 1.")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"Batches wait in a queue, got size={size!r} expected >= 1.")
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"Batches are gone through one by one, got {type(batches).__name__} expected an "
+            "iterable: a list, a generator."
+        )
     return _run(batches, size)
 
 

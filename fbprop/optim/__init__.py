@@ -13,12 +13,12 @@ from fbprop.optim.clip import (
     clip_by_leaf_norm,
     clip_by_leaf_rms,
     clip_by_value,
-    global_norm,
 )
 from fbprop.optim.decay import add_weight_decay
 from fbprop.optim.lamb import lamb, scale_by_trust_ratio
 from fbprop.optim.lion import lion
 from fbprop.optim.muon import muon, orthogonalize, scale_by_muon
+from fbprop.optim.norm import global_norm
 from fbprop.optim.paths import by_path, freeze, paths, select
 from fbprop.optim.plateau import reduce_on_plateau
 from fbprop.optim.range_test import RangeTest, find_learning_rate

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 
+from fbprop.optim.arguments import check_count, check_decay, check_least, passes
 from fbprop.optim.chain import chain
 from fbprop.optim.clip import clip_by_leaf_rms
 from fbprop.optim.decay import decay_parts
+from fbprop.optim.norm import rms
 from fbprop.optim.transform import (
     Optimizer,
     abs_squared,
-    check_decay,
     leafwise,
     real_zeros,
     scale_by_learning_rate,
@@ -79,20 +82,25 @@ def scale_by_factored_rms(min_dim_size_to_factor: int = 128, decay_rate: float =
       >>> part.update(g, part.init(g))[0].round(5).tolist()
       [[1.0, 1.0], [1.0, 1.0]]
     """
-    if not decay_rate > 0:
+    check_least(eps=eps)
+    check_count("min_dim_size_to_factor", min_dim_size_to_factor)
+    if not passes("decay_rate", decay_rate, lambda v: 0 < v < math.inf):
         raise ValueError(f"β = 1 − t^(−decay_rate) rises to 1, got {decay_rate=} expected it > 0.")
 
     def per_step(count):
-        return 1 - jnp.exp(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
+        # Both, because 1 − β from a rounded β would be off by 1% after a million steps.
+        share = jnp.exp(-decay_rate * jnp.log(count.astype(jnp.result_type(float))))
+        return 1 - share, share
 
-    def rule(g, slots, beta, p):
+    def rule(g, slots, scalars, p):
+        beta, share = scalars
         squared = abs_squared(g) + eps
         axes = _factored_axes(g.shape, min_dim_size_to_factor)
         if not axes:
-            v = beta * slots["full"] + (1 - beta) * squared
+            v = beta * slots["full"] + share * squared
             return g / jnp.sqrt(v), {"row": None, "column": None, "full": v}
         row, column = (
-            beta * slots[name] + (1 - beta) * jnp.mean(squared, axis)
+            beta * slots[name] + share * jnp.mean(squared, axis)
             for name, axis in zip(("row", "column"), axes)
         )
         # Two divisions, because R C of gradients below 1e-10 underflows in float32.
@@ -122,8 +130,10 @@ def _factored_axes(shape, least):
 
 def _scale_by_parameter(least):
     """u ← u max(least, rms(p))."""
+    check_least(min_scale=least)
+
     def rule(u, slots, scalars, p):
-        return u * jnp.maximum(jnp.sqrt(jnp.mean(abs_squared(p))), least), {}
+        return u * jnp.maximum(rms(p), least), {}
 
     return leafwise(rule, params_needed="adafactor with multiply_by_parameter_scale")
 

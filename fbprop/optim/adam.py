@@ -7,12 +7,13 @@ import math
 import jax.numpy as jnp
 
 from fbprop.core.factored import Rows
+from fbprop.optim.arguments import check_decay, check_least
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.transform import (
     Optimizer,
     abs_squared,
-    check_decay,
+    increment,
     leafwise,
     real_zeros,
     scale_by_learning_rate,
@@ -110,8 +111,7 @@ def amsgrad(learning_rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
       >>> round(float(updates), 6)
       -0.1
     """
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    _check(b1, b2, eps, eps_root)
 
     def per_step(count):
         c1, c2 = bias_correction(b1, count), bias_correction(b2, count)
@@ -165,15 +165,15 @@ def nadam(learning_rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, 
 
 def _warmed_nadam(b1, b2, eps, eps_root, momentum_decay):
     """NAdam's direction with a momentum that rises from b1/2 to b1."""
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    check_least(momentum_decay=momentum_decay)
+    _check(b1, b2, eps, eps_root)
 
     def momentum(count):
         t = count.astype(jnp.result_type(float))
         return b1 * (1 - 0.5 * jnp.exp(t * (momentum_decay * math.log(0.96))))
 
     def per_step(count):
-        return momentum(count), momentum(count + 1), bias_correction(b2, count)
+        return momentum(count), momentum(increment(count)), bias_correction(b2, count)
 
     def rule(g, slots, scalars, p):
         now, after, c = scalars
@@ -202,8 +202,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, eps_
       >>> round(float(u), 6)
       -1.0
     """
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    _check(b1, b2, eps, eps_root)
 
     def per_step(count):
         of_m, of_g = momentum_weights(b1, count, nesterov)
@@ -244,5 +243,11 @@ def bias_correction(decay: float, count):
 def momentum_weights(b1, count, nesterov):
     """The weights of mₜ and gₜ in m̂."""
     if nesterov:
-        return b1 / bias_correction(b1, count + 1), (1 - b1) / bias_correction(b1, count)
+        return b1 / bias_correction(b1, increment(count)), (1 - b1) / bias_correction(b1, count)
     return 1 / bias_correction(b1, count), 0.0
+
+
+def _check(b1, b2, eps, eps_root):
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_least(eps=eps, eps_root=eps_root)

@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
+from fbprop.optim.arguments import check_alike, check_decay, check_state
 from fbprop.optim.chain import apply_updates
-from fbprop.optim.transform import Optimizer, check_decay, check_params, wide, zero_count
+from fbprop.optim.transform import (
+    Optimizer,
+    check_params,
+    increment,
+    part,
+    scaled,
+    wide,
+    zero_count,
+)
 
 
 class AverageState(NamedTuple):
@@ -51,17 +60,19 @@ def average_params(decay: float = 0.999, warmup: bool = False) -> Optimizer:
 
     def update(updates, state, params=None, **extra):
         check_params(params, "average_params")
+        check_state(state, AverageState)
+        check_alike(params, state.average, "The parameters", "those that init saw")
         t = state.count.astype(jnp.result_type(float))
-        d = jnp.minimum(decay, (1 + t) / (10 + t)) if warmup else jnp.asarray(decay)
+        # 1 − d, without the cancellation of a d near 1.
+        share = jnp.maximum(1 - decay, 9 / (10 + t)) if warmup else jnp.asarray(1 - decay)
         new = apply_updates(params, updates)
 
         def one(a, p):
-            share = (1 - d).astype(jnp.finfo(a.dtype).dtype)
-            return a + share * (wide(p) - a)
+            return a + scaled(wide(p).astype(a.dtype) - a, share)
 
-        return updates, AverageState(state.count + 1, tree_map(one, state.average, new))
+        return updates, AverageState(increment(state.count), tree_map(one, state.average, new))
 
-    return Optimizer(init, update)
+    return part(init, update)
 
 
 def averaged_params(opt_state, params):

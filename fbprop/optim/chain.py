@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.tree_util import tree_map
 
 from fbprop.core.factored import dense
-from fbprop.optim.transform import Optimizer, takes_factored, wide
+from fbprop.optim.arguments import check_alike, check_state
+from fbprop.optim.transform import Optimizer, part, takes_factored, wide
 
 
 class Freezing(Optimizer):
@@ -55,19 +56,19 @@ def chain(*optimizers) -> Optimizer:
         return tuple(optimizer.init(params) for optimizer in optimizers)
 
     def update(grads, state, params=None, **extra):
+        check_state(state, tuple)
         if len(state) != len(optimizers):
             raise ValueError(
                 f"A chain's state has one part per member, got {len(state)} expected "
                 f"{len(optimizers)}: use the state that this chain's init returned."
             )
-        updates, states = grads if factored else dense(grads), []
-        for one, part in zip(updates_of, state):
-            updates, part = one(updates, part, params, **extra)
-            states.append(part)
+        updates, states = grads, []
+        for one, old in zip(updates_of, state):
+            updates, new = one(updates, old, params, **extra)
+            states.append(new)
         return cast_like(updates, grads if params is None else params), tuple(states)
 
-    update.takes_factored = factored
-    plain = Optimizer(init, update)
+    plain = part(init, update, takes_factored=factored)
     masks = [optimizer.trainable for optimizer in optimizers if is_freezing(optimizer)]
     if not masks:
         return plain
@@ -88,6 +89,8 @@ def holding(optimizer, trainable: Callable) -> Freezing:
 
     def update(grads, state, params=None, **extra):
         grads = dense(grads)
+        if params is not None:
+            check_alike(grads, params, "Gradients", "the parameters")
         mask = trainable(grads)
         held = None if params is None else hold(mask, params)
         updates, state = inner(hold(mask, grads), state, held, **extra)
@@ -140,6 +143,9 @@ def apply_updates(params, updates):
       params: a pytree of arrays.
       updates: the same structure, from an optimiser; None in place of a leaf leaves it unchanged.
 
+    Raises:
+      ValueError: updates of another form.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from fbprop import optim
@@ -147,6 +153,17 @@ def apply_updates(params, updates):
       [Array([0., 0.], dtype=float32), Array([1.], dtype=float32)]
     """
     def one(u, p):
-        return p if u is None else (wide(p) + u.astype(wide(p).dtype)).astype(p.dtype)
+        if u is None:
+            return p
+        p = jnp.asarray(p)
+        return (wide(p) + jnp.asarray(u).astype(wide(p).dtype)).astype(p.dtype)
 
-    return tree_map(one, updates, params, is_leaf=lambda u: u is None)
+    def is_none(x):
+        return x is None
+
+    try:
+        full = tree_map(lambda u, p: p if u is None else u, updates, params, is_leaf=is_none)
+    except ValueError:
+        full = updates
+    check_alike(full, params, "Updates", "the parameters")
+    return tree_map(one, updates, params, is_leaf=is_none)

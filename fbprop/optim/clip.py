@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import jax
+import math
+
 import jax.numpy as jnp
-from jax.tree_util import tree_map
 
-from fbprop.optim.transform import Optimizer, abs_squared, leafless, scaled, wide
-
-
-def global_norm(tree) -> jax.Array:
-    """√ Σ |x|² over every element of every leaf: a scalar, float32 at least.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from fbprop import optim
-      >>> float(optim.global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0])}))
-      5.0
-    """
-    squares = [jnp.sum(abs_squared(wide(x))) for x in jax.tree.leaves(tree)]
-    widest = max((s.dtype for s in squares), key=lambda d: d.itemsize, default=jnp.float32)
-    return jnp.sqrt(sum((s.astype(widest) for s in squares), jnp.zeros((), widest)))
+from fbprop.optim.arguments import passes
+from fbprop.optim.norm import shortened
+from fbprop.optim.transform import Optimizer, leafless, stateless
 
 
 def clip_by_global_norm(max_norm: float) -> Optimizer:
     """g ← g · min(1, c / |g|), |g| over all leaves together (Pascanu et al. 2013, arXiv:1211.5063).
 
-    As Optax's. PyTorch's ``clip_grad_norm_`` divides by |g| + 1e-6.
+    As Optax's, but right up to the largest float32, whose square is infinite. PyTorch's
+    ``clip_grad_norm_`` divides by |g| + 1e-6. Of gradients that are not finite, infinite elements
+    become nan and the finite ones 0; with a nan all become nan, as in both: the parameters show
+    it, `fbprop.train.fit` stops there, and a loss scale skips the step. The derivative of the
+    clipping itself is that of the branch taken, and at 0 the identity.
 
     Raises:
-      ValueError: c <= 0.
+      ValueError: c <= 0.   TypeError: c is no number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,11 +32,7 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
     """
     _check_limit("max_norm", max_norm)
 
-    def update(grads, state, params=None, **extra):
-        factor = _shrink(global_norm(grads), max_norm)
-        return tree_map(lambda g: scaled(g, factor), grads), state
-
-    return Optimizer(lambda params: (), update)
+    return stateless(lambda grads: shortened(grads, max_norm))
 
 
 def clip_by_leaf_norm(max_norm: float) -> Optimizer:
@@ -58,7 +46,7 @@ def clip_by_leaf_norm(max_norm: float) -> Optimizer:
       [[0.0, 1.0], [0.5]]
     """
     _check_limit("max_norm", max_norm)
-    return leafless(lambda g: scaled(g, _shrink(global_norm(g), max_norm)))
+    return leafless(lambda g: shortened(g, max_norm))
 
 
 def clip_by_leaf_rms(max_rms: float) -> Optimizer:
@@ -73,9 +61,7 @@ def clip_by_leaf_rms(max_rms: float) -> Optimizer:
       [1.0, -1.0]
     """
     _check_limit("max_rms", max_rms)
-    return leafless(
-        lambda g: scaled(g, 1 / jnp.maximum(1, jnp.sqrt(jnp.mean(abs_squared(g))) / max_rms))
-    )
+    return leafless(lambda g: shortened(g, max_rms * math.sqrt(max(g.size, 1))))
 
 
 def clip_by_value(limit: float) -> Optimizer:
@@ -88,14 +74,18 @@ def clip_by_value(limit: float) -> Optimizer:
       [-1.0, 0.5]
     """
     _check_limit("limit", limit)
-    return leafless(lambda g: jnp.clip(g, -limit, limit))
 
+    def clip(g):
+        if jnp.iscomplexobj(g):
+            raise TypeError(
+                f"clip_by_value orders numbers, got a gradient of {g.dtype.name} expected a real "
+                "one: clip complex ones by their modulus, with clip_by_leaf_norm."
+            )
+        return jnp.clip(g, -limit, limit)
 
-def _shrink(norm, limit):
-    """min(1, limit / norm), with 1 for norm 0."""
-    return jnp.where(norm > limit, limit / jnp.where(norm > limit, norm, 1), 1).astype(norm.dtype)
+    return leafless(clip)
 
 
 def _check_limit(name, limit):
-    if not limit > 0:
+    if not passes(name, limit, lambda v: v > 0):
         raise ValueError(f"Clipping leaves something over, got {name}={limit} expected it > 0.")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_map
 
+from fbprop.optim.arguments import passes
 from fbprop.optim.paths import select
-from fbprop.optim.transform import Optimizer, check_params, wide
+from fbprop.optim.transform import Optimizer, check_params, part, scaled, wide
 
 
 def add_weight_decay(rate: float, mask=None) -> Optimizer:
@@ -38,16 +42,22 @@ def add_weight_decay(rate: float, mask=None) -> Optimizer:
         check_params(params, "add_weight_decay")
         chosen = select(True if mask is None else mask, grads)
         decayed = tree_map(
-            lambda m, g, p: wide(g) + rate * wide(p).astype(wide(g).dtype) if m else g,
+            lambda m, g, p: _sum(wide(g), scaled(p, jnp.asarray(rate))) if m else g,
             chosen, grads, params,
         )
         return decayed, state
 
-    return Optimizer(lambda params: (), update)
+    return part(lambda params: (), update)
+
+
+def _sum(g, decay):
+    """In the wider type of the two: float32 gradients of float64 or complex parameters, say."""
+    dtype = np.promote_types(g.dtype, decay.dtype)
+    return g.astype(dtype) + decay.astype(dtype)
 
 
 def check_weight_decay(rate):
-    if rate < 0:
+    if not passes("weight_decay", rate, lambda v: 0 <= v < float("inf")):
         raise ValueError(
             f"Weight decay pulls towards zero, got weight_decay={rate} expected a number >= 0."
         )
@@ -56,4 +66,5 @@ def check_weight_decay(rate):
 def decay_parts(rate, mask) -> list[Optimizer]:
     """`add_weight_decay` as zero or one part of a chain: with λ = 0 nothing reads the params."""
     check_weight_decay(rate)
-    return [add_weight_decay(rate, mask)] if rate else []
+    none = not isinstance(rate, jax.core.Tracer) and rate == 0
+    return [] if none else [add_weight_decay(rate, mask)]

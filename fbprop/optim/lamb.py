@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from fbprop.optim.adam import scale_by_adam
 from fbprop.optim.chain import chain
-from fbprop.optim.clip import global_norm
 from fbprop.optim.decay import decay_parts
+from fbprop.optim.norm import norm_of
 from fbprop.optim.transform import Optimizer, leafwise, scale_by_learning_rate
 
 
@@ -51,8 +51,10 @@ def scale_by_trust_ratio() -> Optimizer:
       [0.0, 10.0]
     """
     def rule(u, slots, scalars, p):
-        size, length = global_norm(p), global_norm(u)
-        usable = (size > 0) & (length > 0)
-        return u * jnp.where(usable, size / jnp.where(usable, length, 1), 1), {}
+        size, length = norm_of(p), norm_of(u)
+        idle = (size.root == 0) | (length.root == 0)
+        ratio = jnp.where(idle, 1, size.value / jnp.where(idle, 1, length.root))
+        # The choice stands between the factors, or XLA would multiply these first, to 0.
+        return jnp.where(idle, u, u * (1 / length.scale)) * ratio, {}
 
     return leafwise(rule, params_needed="scale_by_trust_ratio")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from fbprop.optim.arguments import check_decay
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.transform import (
     Optimizer,
-    check_decay,
     leafwise,
     scale_by_learning_rate,
     zeros,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_map
 
 from fbprop.optim.adam import momentum_weights, scale_by_adam
+from fbprop.optim.arguments import check_count, check_decay, check_least, numbers
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
+from fbprop.optim.norm import norm_of
 from fbprop.optim.paths import grouped
 from fbprop.optim.transform import (
     Optimizer,
-    check_decay,
     leafwise,
     scale_by_learning_rate,
+    scaled,
+    wide,
     zeros,
 )
 
@@ -94,8 +98,7 @@ def scale_by_muon(momentum: float = 0.95, nesterov: bool = True, steps: int = 5,
       [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     check_decay("momentum", momentum)
-    if steps < 1:
-        raise ValueError(f"Newton-Schulz iterates, got steps={steps} expected at least 1.")
+    _check_iteration(steps, coefficients, eps)
 
     def per_step(count):
         # Without Nesterov the correction is one factor, which Newton-Schulz divides out again.
@@ -111,6 +114,8 @@ def scale_by_muon(momentum: float = 0.95, nesterov: bool = True, steps: int = 5,
             )
         m = momentum * slots["momentum"] + (1 - momentum) * g
         ahead = weights[0] * m + weights[1] * g if nesterov else m
+        if g.size == 0:
+            return ahead, {"momentum": m}
         ahead = ahead.reshape(-1, g.shape[-1])
         widening = max(1.0, ahead.shape[1] / ahead.shape[0]) ** 0.5
         out = widening * orthogonalize(ahead, steps, coefficients, eps)
@@ -120,7 +125,12 @@ def scale_by_muon(momentum: float = 0.95, nesterov: bool = True, steps: int = 5,
 
 
 def orthogonalize(x, steps: int = 5, coefficients=COEFFICIENTS, eps: float = 1e-8):
-    """U Vᵀ of the matrix x = U S Vᵀ, roughly, by Newton-Schulz iterations of matrix products.
+    """U Vᴴ of the matrix x = U S Vᴴ, roughly, by Newton-Schulz iterations of matrix products.
+
+    A 16-bit matrix is iterated in float32.
+
+    Raises:
+      ValueError: x has not two axes, or a value outside its range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,11 +139,30 @@ def orthogonalize(x, steps: int = 5, coefficients=COEFFICIENTS, eps: float = 1e-
       >>> bool(jnp.all(jnp.abs(y @ y.T - jnp.eye(2)) < 0.5))
       True
     """
+    _check_iteration(steps, coefficients, eps)
+    x = wide(numbers(x, "a matrix"))
+    if x.ndim != 2:
+        raise ValueError(
+            f"A matrix has two axes, got x of shape {x.shape} expected [rows, columns]: reshape "
+            "it, or map over its other axes with jax.vmap."
+        )
     if tall := x.shape[0] > x.shape[1]:
         x = x.T  # The Gram matrix is then the smaller of the two.
-    x = x / (jnp.sqrt(jnp.sum(x * x)) + eps)
+    norm = norm_of(x)
+    length = norm.root + eps / norm.scale
+    x = scaled(scaled(x, 1 / norm.scale), 1 / jnp.where(length == 0, 1, length))
     a, b, c = coefficients
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.conj().T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if tall else x
+
+
+def _check_iteration(steps, coefficients, eps):
+    check_count("steps", steps)
+    check_least(eps=eps)
+    if np.shape(coefficients) != (3,):
+        raise ValueError(
+            f"Newton-Schulz's polynomial is odd and of degree 5, got coefficients={coefficients} "
+            "expected three numbers."
+        )

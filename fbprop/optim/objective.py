@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -62,21 +63,31 @@ class Outcome(NamedTuple):
 
 def call_loss(loss, params, batch, key, model_state=None) -> Outcome:
     """Calls a loss function by the convention that `fbprop.train.step` states."""
+    arguments = (params, batch, key) + (() if model_state is None else (model_state,))
+    out = _called(loss, arguments)
     if model_state is None:
-        out = loss(params, batch, key)
         paired = isinstance(out, tuple) and not isinstance(out, Weighted) and len(out) == 2
         value, metrics = out if paired else (out, {})
         form, new = "a scalar or (scalar, dict of metrics)", None
     else:
-        out = loss(params, batch, key, model_state)
         paired = isinstance(out, tuple) and len(out) == 3
         value, metrics, new = out if paired else (out, None, None)
         form = "(scalar, dict of metrics, model state), as the state has one"
-    container = isinstance(value, (tuple, list, dict)) and not isinstance(value, Weighted)
-    if not isinstance(metrics, dict) or container:
+    if not isinstance(metrics, dict) or not _is_number(value):
         raise TypeError(
             f"A loss returns {form}, got {_kinds(out)} expected one of these: put what you want "
             "reported into the dict, and a mean over tokens as fbprop.train.Weighted(sum, weight)."
+        )
+    total = value.sum if isinstance(value, Weighted) else value
+    if jnp.shape(total) or not jnp.issubdtype(jnp.result_type(total), jnp.floating):
+        raise TypeError(
+            f"A loss is one real number, got {_say(jnp.asarray(total))} expected a floating "
+            "scalar: reduce it, with jnp.mean say, and convert integers with astype."
+        )
+    if not all(_is_number(m) for m in jax.tree.leaves(metrics)):
+        raise TypeError(
+            f"Metrics are arrays, got {tree_map(_say, metrics)} expected a dict of arrays: leave "
+            "what is no number out of it."
         )
     if "loss" in metrics:
         raise ValueError(
@@ -84,6 +95,54 @@ def call_loss(loss, params, batch, key, model_state=None) -> Outcome:
             "expected another name: rename it."
         )
     return Outcome(value, metrics, _same_form(new, model_state))
+
+
+def _called(loss, arguments):
+    """``loss(*arguments)``; what is wrong with the call is said in the loss's own terms."""
+    names = ["params", "batch", "key", "model_state"][:len(arguments)]
+    call = f"loss({', '.join(names)})"
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # of something written in C, or not callable
+        signature = None
+    if not callable(loss) or (signature is not None and not _takes(signature, arguments)):
+        got = type(loss).__name__ if signature is None else f"one of the form {signature}"
+        raise TypeError(
+            f"A loss is called as {call}, got {got} expected a function of {len(names)} arguments: "
+            f"def {call}, whether it reads them all or not; a state from init(..., "
+            "model_state=...) adds the fourth."
+        )
+    try:
+        return loss(*arguments)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        form = tree_map(_say, arguments[1])
+        if all(jnp.ndim(x) == 0 for x in jax.tree.leaves(arguments[1])):
+            raise TypeError(
+                f"A loss reads the batches that the data are made of, got a batch {form} without "
+                f"an array in it, which it fails on ({error}); expected batches of the form that "
+                "the loss takes: pass those as data, or arrays and batch_size."
+            ) from error
+        error.add_note(f"The loss was called with a batch of the form {form}.")
+        raise
+
+
+def _takes(signature, arguments) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _say(x):
+    return jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__
+
+
+def _is_number(value) -> bool:
+    """Whether a loss may be this: a `Weighted`, an array, a Python number."""
+    if isinstance(value, Weighted):
+        return True
+    return hasattr(value, "dtype") or isinstance(value, (bool, int, float, complex))
 
 
 def number(x) -> jax.Array:

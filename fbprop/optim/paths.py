@@ -11,9 +11,11 @@ import fnmatch
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
 from fbprop.core.factored import dense
+from fbprop.optim.arguments import check_alike, check_state
 from fbprop.optim.chain import check_optimizer, hold, holding, is_freezing, with_extra
 from fbprop.optim.transform import Optimizer
 
@@ -43,7 +45,7 @@ def select(where, params):
       params: a pytree.
 
     Raises:
-      ValueError: a pattern that matches no path.
+      ValueError: a pattern that matches no path, or bools in another tree.
 
     Example:
       >>> from fbprop import optim
@@ -54,7 +56,16 @@ def select(where, params):
     if isinstance(patterns, (list, tuple)) and all(isinstance(p, str) for p in patterns):
         return _matching(patterns, params)
     mask = where(params) if callable(where) else where
-    return tree_map(lambda m, part: tree_map(lambda _: bool(m), part), mask, params)
+    if all(isinstance(m, (bool, np.bool)) for m in jax.tree.leaves(mask)):
+        try:
+            return tree_map(lambda m, part: tree_map(lambda _: bool(m), part), mask, params)
+        except ValueError:
+            pass  # another tree
+    raise ValueError(
+        f"Parameters are chosen by patterns on paths or a tree of bools, got {mask!r} expected one "
+        f"for the paths {jax.tree.leaves(paths(params))[:20]}: a pattern such as '*/w', or bools "
+        "in the form of the parameters."
+    )
 
 
 def _matching(patterns, params):
@@ -84,6 +95,7 @@ def by_path(optimizers: Mapping[str, Optimizer | None]) -> Optimizer:
 
     Raises:
       ValueError: a pattern matches no parameter, or a parameter no pattern.
+      TypeError: no dict, or an empty one; no optimiser.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,6 +106,11 @@ def by_path(optimizers: Mapping[str, Optimizer | None]) -> Optimizer:
       >>> {k: float(v) for k, v in optim.apply_updates(params, updates).items() if k != "head"}
       {'body': 0.8999999761581421, 'embed': 1.0}
     """
+    if not isinstance(optimizers, Mapping) or not optimizers:
+        raise TypeError(
+            f"Groups are a dict from pattern to optimiser, got {optimizers!r} expected e.g. "
+            '{"head/*": optim.adam(1e-3), "*": None}.'
+        )
     groups = list(optimizers.items())
     live = grouped(groups)
     if all(optimizer is not None and not is_freezing(optimizer) for _, optimizer in groups):
@@ -158,18 +175,35 @@ def grouped(groups) -> Optimizer:
 
     def update(grads, state, params=None, **extra):
         grads = dense(grads)
+        check_state(state, tuple)
+        if params is not None:
+            check_alike(grads, params, "Gradients", "the parameters")
         which = _labels(groups, grads)
         parts, states = [], []
         for k, (one, old) in enumerate(zip(update_of, state)):
             part = _part(which, k, grads)
             if one is not None:
                 mine = None if params is None else _part(which, k, params)
-                part, old = one(part, old, mine, **extra)
+                part, old = one(part, old, mine, **_extra_of(which, k, params, extra))
             parts.append(part)
             states.append(old)
         return _merge(which, parts), tuple(states)
 
     return Optimizer(init, update)
+
+
+def _extra_of(which, k, params, extra):
+    """What group ``k`` gets besides: its part of the gradient, and a line search over its own."""
+    mine = dict(extra)
+    if "grad" in extra:
+        mine["grad"] = _part(which, k, extra["grad"])
+    if "value_fn" in extra and params is not None:
+        def value_fn(part):
+            full = tree_map(lambda group, p, q: q if group == k else p, which, params, part)
+            return extra["value_fn"](full)
+
+        mine["value_fn"] = value_fn
+    return mine
 
 
 def _labels(groups, params):

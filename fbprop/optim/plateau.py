@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
-from fbprop.optim.transform import Optimizer, scaled, zero_count
+from fbprop.optim.arguments import check_count, check_least, check_state, passes
+from fbprop.optim.transform import Optimizer, part, scaled, zero_count
 
 
 class PlateauState(NamedTuple):
@@ -53,7 +54,7 @@ def reduce_on_plateau(factor: float = 0.1, patience: int = 10, *, rtol: float = 
       -1.0
       -0.5
     """
-    _check(factor, patience, rtol, atol, accumulation_size)
+    _check(factor, patience, rtol, atol, accumulation_size, cooldown, min_scale)
 
     def init(params):
         one = jnp.ones((), jnp.result_type(float))
@@ -83,24 +84,24 @@ def reduce_on_plateau(factor: float = 0.1, patience: int = 10, *, rtol: float = 
                 "reduce_on_plateau watches the loss, got no value; expected "
                 "update(grads, state, params, value=loss), as fbprop.train.step calls it."
             )
+        check_state(state, PlateauState)
         value = jnp.asarray(value).astype(state.total.dtype)
         state = state._replace(count=state.count + 1, total=state.total + value)
         full = state.count == accumulation_size
         state = tree_map(lambda new, old: jnp.where(full, new, old), read(state), state)
         return tree_map(lambda u: scaled(u, state.scale), updates), state
 
-    return Optimizer(init, update)
+    return part(init, update)
 
 
-def _check(factor, patience, rtol, atol, accumulation_size):
-    if not 0 < factor < 1:
+def _check(factor, patience, rtol, atol, accumulation_size, cooldown, min_scale):
+    check_count("cooldown", cooldown, least=0)
+    check_least(rtol=rtol, atol=atol, min_scale=min_scale)
+    if not passes("factor", factor, lambda v: 0 < v < 1):
         raise ValueError(f"A plateau shortens steps, got factor={factor} expected 0 < factor < 1.")
-    if patience < 1 or accumulation_size < 1:
-        raise ValueError(
-            f"A plateau lasts a while, got patience={patience}, accumulation_size="
-            f"{accumulation_size} expected both >= 1."
-        )
-    if not 0 <= rtol <= 1 or atol < 0 or rtol == atol == 0:
+    check_count("patience", patience)
+    check_count("accumulation_size", accumulation_size)
+    if rtol > 1 or rtol == atol == 0:
         raise ValueError(
             f"Progress has a least size, got rtol={rtol}, atol={atol} expected 0 <= rtol <= 1 and "
             "atol >= 0, one of them positive."

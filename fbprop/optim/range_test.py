@@ -13,6 +13,7 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.core.table import Table
+from fbprop.optim.arguments import check_count, passes
 from fbprop.optim.chain import apply_updates
 from fbprop.optim.objective import call_loss, mean_of
 from fbprop.optim.schedules import exponential
@@ -61,7 +62,8 @@ def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sg
       A `RangeTest`. Steps after a divergence are left out, so that no number in it is NaN.
 
     Raises:
-      ValueError: unless 0 < lowest < highest and steps >= 3.
+      ValueError: unless 0 < lowest < highest and steps >= 3; data without examples or of several
+        lengths.   TypeError: no numbers; ``optimizer`` is no function.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,7 +74,11 @@ def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sg
       >>> 0.01 < found.suggestion < 1 < found.diverged
       True
     """
-    if not 0 < lowest < highest or steps < 3:
+    _check(optimizer, data, batch_size, steps)
+    in_order = passes("lowest", lowest, lambda v: 0 < v < math.inf) and passes(
+        "highest", highest, lambda v: lowest < v < math.inf
+    )
+    if not in_order or steps < 3:
         raise ValueError(
             f"A range test goes from a low rate to a high one, got lowest={lowest}, "
             f"highest={highest}, steps={steps} expected 0 < lowest < highest and steps >= 3."
@@ -86,7 +92,7 @@ def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sg
 
     def one(carry, at):
         (params, state, model_state), (rows, count) = carry, at
-        batch = tree_map(lambda x: x[rows], data)
+        batch = tree_map(lambda x: jnp.asarray(x)[rows], data)
         (value, model_state), grads = value_and_grad(
             scalar, has_aux=True, rules=rules, fallback=fallback
         )(params, batch, jax.random.fold_in(of_loss, count), model_state)
@@ -103,6 +109,22 @@ def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sg
     rates = lowest * (highest / lowest) ** (np.arange(steps) / (steps - 1))
     params = tree_map(jnp.asarray, params)
     return _read(rates, np.asarray(run(params), np.float64))
+
+
+def _check(optimizer, data, batch_size, steps):
+    check_count("batch_size", batch_size)
+    check_count("steps", steps, least=0)
+    if not callable(optimizer):
+        raise TypeError(
+            f"A range test makes the optimiser for its rate, got {type(optimizer).__name__} "
+            "expected a function from learning rate to optimiser: optim.adam, or a lambda."
+        )
+    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(data)}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(
+            "Data are arrays with the examples along their first axis, got first axes "
+            f"{sorted(sizes)} expected one length >= 1."
+        )
 
 
 def _read(rates, losses) -> RangeTest:

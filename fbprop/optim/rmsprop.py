@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from fbprop.optim.arguments import check_decay, check_least
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.sgd import accumulate
 from fbprop.optim.transform import (
     Optimizer,
     abs_squared,
-    check_decay,
     leafwise,
     real_zeros,
     scale_by_learning_rate,
@@ -51,6 +51,7 @@ def rmsprop(learning_rate, decay: float = 0.9, eps: float = 1e-8, *, eps_in_sqrt
       -0.2
     """
     check_decay("decay", decay)
+    check_least(eps=eps)
 
     def rule(g, slots, scalars, p):
         new = {"nu": decay * slots["nu"] + (1 - decay) * abs_squared(g)}
@@ -95,11 +96,7 @@ def adagrad(learning_rate, initial_accumulator_value: float = 0.1, eps: float = 
       >>> round(float(updates), 6)
       -0.1
     """
-    if initial_accumulator_value < 0:
-        raise ValueError(
-            "A sum of squares is not negative, got initial_accumulator_value="
-            f"{initial_accumulator_value} expected a number >= 0."
-        )
+    check_least(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def rule(g, slots, scalars, p):
         s = slots["sum"] + abs_squared(g)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from fbprop.optim.arguments import passes
 from fbprop.optim.chain import chain
 from fbprop.optim.decay import decay_parts
 from fbprop.optim.transform import Optimizer, leafwise, scale_by_learning_rate, zeros
@@ -50,7 +51,8 @@ def sgd(learning_rate, momentum: float = 0.0, nesterov: bool = False, dampening:
 
 def accumulate(momentum: float, nesterov: bool = False, dampening: float = 0.0) -> Optimizer:
     """The momentum part of `sgd`: u ← mₜ, or gₜ + μ mₜ."""
-    if not 0 <= momentum < 1 or not 0 <= dampening <= 1:
+    averages = passes("momentum", momentum, lambda v: 0 <= v < 1)
+    if not (averages and passes("dampening", dampening, lambda v: 0 <= v <= 1)):
         raise ValueError(
             f"Momentum averages past gradients, got momentum={momentum}, dampening={dampening} "
             "expected 0 <= momentum < 1 and 0 <= dampening <= 1."

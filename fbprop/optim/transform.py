@@ -14,6 +14,7 @@ at its end, to the dtype of the parameters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax.tree_util import tree_map
 
 from fbprop.core.factored import Rows, dense, is_factored
+from fbprop.optim.arguments import check_alike, check_state, numbers, passes, path_of
 
 Schedule = Callable[[jax.Array], Any]
 
@@ -52,8 +54,34 @@ class CountState(NamedTuple):
     count: jax.Array
 
 
+def part(init: Callable, update: Callable, *, takes_factored: bool = False) -> Optimizer:
+    """An optimiser of these two, whose arguments are checked first.
+
+    Args:
+      init, update: as `Optimizer` has them. ``update`` gets gradients that are arrays, or
+        unevaluated with ``takes_factored``, in a tree like that of the parameters.
+    """
+    def checked_init(params):
+        return init(numbers(params, "a parameter"))
+
+    def checked_update(grads, state, params=None, **extra):
+        grads = numbers(grads if takes_factored else dense(grads), "a gradient")
+        if params is not None:
+            params = numbers(params, "a parameter")
+            check_alike(grads, params, "Gradients", "the parameters")
+        return update(grads, state, params, **extra)
+
+    checked_update.takes_factored = takes_factored
+    return Optimizer(checked_init, checked_update)
+
+
 def zero_count() -> jax.Array:
     return jnp.zeros((), jnp.int32)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """count + 1; the largest integer stays what it is."""
+    return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -107,23 +135,56 @@ def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,
     def update(grads, state, params=None, **extra):
         if params_needed:
             check_params(params, params_needed)
-        count = state.count + 1
+        check_state(state, LeafState)
+        count = increment(state.count)
         scalars = per_dtype(per_step(count))
         leaves, tree = jax.tree.flatten(grads, is_leaf=is_factored)
-        values = tree.flatten_up_to(params) if params is not None else [None] * len(leaves)
-        columns = [tree.flatten_up_to(state.slots[k]) for k in slots]
+        values = jax.tree.leaves(params) if params_needed else [None] * len(leaves)
         directions, news = [], []
-        for g, p, *mine in zip(leaves, values, *columns):
+        for g, p, mine in zip(leaves, values, _slots_of_leaves(grads, state.slots, slots)):
             g = wide(g).merged() if takes_rows and isinstance(g, Rows) else wide(dense(g))
-            p = wide(p) if params_needed else None
-            direction, new = rule(g, dict(zip(slots, mine)), scalars(g.dtype), p)
+            direction, new = rule(g, mine, scalars(g.dtype), None if p is None else wide(p))
             directions.append(direction)
-            news.append(new)
+            # Gradients wider than the parameters must not change the state's type.
+            news.append(tree_map(lambda n, old: n.astype(old.dtype), new, mine))
         state = LeafState(count, {k: tree.unflatten([new[k] for new in news]) for k in slots})
         return tree.unflatten(directions), state
 
-    update.takes_factored = True
-    return Optimizer(init, update)
+    return part(init, update, takes_factored=True)
+
+
+def _slots_of_leaves(grads, kept, slots) -> list[dict[str, Any]]:
+    """For each gradient its slots by name, out of the trees in the state."""
+    leaves, tree = jax.tree.flatten(grads, is_leaf=is_factored)
+    if set(kept) != set(slots):
+        raise ValueError(
+            f"An optimiser goes on from its own state, got one that keeps {sorted(kept)} expected "
+            f"{sorted(slots)}: use init(params) of this very optimiser."
+        )
+    columns = []
+    for name, first in slots.items():
+        try:
+            columns.append(tree.flatten_up_to(kept[name]))
+        except ValueError:
+            check_alike(grads, kept[name], "Gradients", "the parameters that init saw")
+            raise
+        for i, (g, slot) in enumerate(zip(leaves, columns[-1])):
+            fresh = _form(first, tuple(g.shape), jnp.dtype(g.dtype))
+            if [x.shape for x in jax.tree.leaves(slot)] != fresh:
+                raise ValueError(
+                    "Gradients have the form of the parameters that init saw, got "
+                    f"{path_of(grads, i)!r} of shape {tuple(g.shape)} expected the one that its "
+                    f"slot {name!r} was made for: start from init(params) of the same model."
+                )
+    return [dict(zip(slots, mine)) for mine in zip(*columns)] or [{} for _ in leaves]
+
+
+@functools.lru_cache
+def _form(first, shape, dtype):
+    """Shapes in a slot of a parameter."""
+    return [x.shape for x in jax.tree.leaves(
+        jax.eval_shape(first, jax.ShapeDtypeStruct(shape, dtype))
+    )]
 
 
 def takes_factored(optimizer) -> bool:
@@ -172,7 +233,7 @@ def scale_by_learning_rate(learning_rate) -> Optimizer:
 
     Args:
       learning_rate: a number, a scalar array, or a schedule, called with the number of updates
-        done so far (0 at the first), as in Optax.
+        done so far, int32 (0 at the first; 2³¹ − 1 stays what it is), as in Optax.
 
     Example:
       >>> import jax.numpy as jnp
@@ -183,34 +244,27 @@ def scale_by_learning_rate(learning_rate) -> Optimizer:
       [-0.5, -1.0]
     """
     check_rate(learning_rate)
+    scheduled = callable(learning_rate)
 
     def init(params):
-        return CountState(zero_count()) if callable(learning_rate) else ()
+        return CountState(zero_count()) if scheduled else ()
 
     def update(grads, state, params=None, **extra):
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        descent = -jnp.asarray(rate)
+        check_state(state, CountState if scheduled else tuple)
+        descent = -jnp.asarray(learning_rate(state.count) if scheduled else learning_rate)
         updates = tree_map(lambda u: scaled(u, descent), grads)
-        return updates, CountState(state.count + 1) if callable(learning_rate) else ()
+        return updates, CountState(increment(state.count)) if scheduled else ()
 
-    return Optimizer(init, update)
+    return part(init, update)
 
 
 def check_rate(learning_rate):
-    if callable(learning_rate) or not isinstance(learning_rate, (int, float)):
+    if callable(learning_rate):
         return
-    if not 0 <= learning_rate < float("inf"):
+    if not passes("A learning rate", learning_rate, lambda v: 0 <= v < float("inf")):
         raise ValueError(
             f"A learning rate is a step length, got {learning_rate} expected a number >= 0 or a "
             "schedule: the minus sign of descent is added for you."
-        )
-
-
-def check_decay(name, value):
-    """For decay rates of running averages."""
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"{name} is the decay of a running average, got {value} expected 0 <= {name} < 1."
         )
 
 
@@ -223,12 +277,18 @@ def scale(factor) -> Optimizer:
       >>> float(optim.scale(3.0).update(jnp.array(2.0), ())[0])
       6.0
     """
+    if not passes("factor", factor, lambda v: abs(v) < float("inf")):
+        raise ValueError(f"A factor is finite, got {factor=} expected a finite number.")
     return leafless(lambda u: scaled(u, jnp.asarray(factor)))
 
 
 def leafless(fun: Callable) -> Optimizer:
     """A part without state: ``fun`` of each wide gradient."""
-    return Optimizer(
-        lambda params: (),
-        lambda grads, state, params=None, **extra: (tree_map(lambda g: fun(wide(g)), grads), state),
+    return stateless(lambda grads: tree_map(lambda g: fun(wide(g)), grads))
+
+
+def stateless(fun: Callable) -> Optimizer:
+    """A part without state: ``fun`` of the gradients."""
+    return part(
+        lambda params: (), lambda grads, state, params=None, **extra: (fun(grads), state)
     )

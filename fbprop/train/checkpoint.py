@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable
 from importlib import metadata as installed
 from typing import Any
@@ -39,7 +41,7 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
       metadata: what else to remember, a dict for JSON: the position in the data, say.
       keep_last: how many checkpoints of the run to leave, this one included; the older ones are
         removed. Those of the run are in the same directory and have the same name but for its
-        digits. None: all.
+        digits; damaged ones are neither counted nor removed. None: all.
       keep: paths of checkpoints not to remove.
 
     Returns:
@@ -64,6 +66,8 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
       [1.0, 1.0, 1.0]
     """
     check_keep_last(keep_last)
+    if not isinstance(metadata, (dict, type(None))):
+        raise TypeError(f"metadata is a dict for JSON, got {metadata!r} expected a dict, or None.")
     path = pathlib.Path(path)
     named = named_leaves(state)
     manifest = {
@@ -100,9 +104,11 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
 
     Example: see `save`.
     """
+    path = pathlib.Path(path)
     check_format(path, read_manifest(path))
     contents = read(path)
     manifest = _manifest(path, contents.metadata)
+    _check_stored(path, manifest["leaves"], contents)
     _check_same(path, manifest["leaves"], like)
     leaves = [
         _leaf(contents.array(entry["path"]), entry, manifest["keys"].get(entry["path"]), wanted)
@@ -127,21 +133,50 @@ def read_manifest(path: str | os.PathLike) -> dict:
 
 
 def latest(directory: str | os.PathLike) -> pathlib.Path | None:
-    """The checkpoint of the highest step in a directory; None if it has none or does not exist.
+    """The newest sound checkpoint in a directory, that of the highest step; None without any.
 
-    Files without a manifest are passed over.
+    Every file is read once and its checksum compared. Damaged ones are passed over with a warning
+    that names them; files without a manifest, silently. Of what an interrupted write leaves behind
+    nothing is taken for a checkpoint.
 
     Raises:
-      CheckpointError: a file's header is damaged.
+      CheckpointError: all checkpoints are damaged.   NotADirectoryError: a file of that name.
+
+    Warns:
+      RuntimeWarning: some are.
 
     Example: see `save`.
     """
-    found = [(_step_of(file), file) for file in pathlib.Path(directory).glob("*.safetensors")]
-    return max((pair for pair in found if pair[0] is not None), default=(None, None))[1]
+    directory = pathlib.Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(
+            f"Checkpoints lie in a directory, got the file {directory} expected a directory: pass "
+            "its parent, or restore(file, like) to read it."
+        )
+    steps, damaged = {}, []
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            steps[file] = _sound_step(file)
+        except (OSError, CheckpointError) as error:
+            damaged.append(f"{file} ({error})")
+    steps = {file: step for file, step in steps.items() if step is not None}
+    newest = max(steps, key=lambda file: (steps[file], file), default=None)
+    if damaged and newest is None:
+        raise CheckpointError(
+            f"A run goes on from a sound checkpoint, got only damaged ones: {'; '.join(damaged)}; "
+            "expected a whole one: put a copy there, or remove them to start anew."
+        )
+    if damaged:
+        warnings.warn(
+            f"Damaged checkpoints are passed over, got {'; '.join(damaged)}; the newest sound one "
+            f"is {newest}: remove the others, or replace them by copies.",
+            RuntimeWarning, stacklevel=2,
+        )
+    return newest
 
 
 def check_keep_last(keep_last):
-    if keep_last is not None and keep_last < 1:
+    if keep_last is not None and not (isinstance(keep_last, int) and keep_last >= 1):
         raise ValueError(
             f"The last checkpoint stays, got keep_last={keep_last} expected >= 1, or None for all."
         )
@@ -160,14 +195,41 @@ def check_format(path, manifest):
 def _manifest(path, metadata):
     try:
         manifest = json.loads(metadata["fbprop"])
-        if isinstance(manifest["format"], int):
+        if isinstance(manifest["format"], int) and (
+            manifest["format"] > FORMAT or _is_whole(manifest)
+        ):
             return manifest
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise CheckpointError(
         f"A checkpoint has a manifest, got {path} without; expected a file written by "
         "fbprop.train.save: read other safetensors files with fbprop.train.load_tensors."
     )
+
+
+def _is_whole(manifest) -> bool:
+    """Whether a manifest of this format has all its parts."""
+    kinds = {"versions": dict, "step": int, "leaves": list, "keys": dict, "metadata": dict}
+    return all(isinstance(manifest[name], kind) for name, kind in kinds.items()) and all(
+        isinstance(e["path"], str) and isinstance(e["dtype"], str)
+        and all(isinstance(n, int) for n in e["shape"]) for e in manifest["leaves"]
+    )
+
+
+def _check_stored(path, leaves, contents):
+    """Every leaf in the manifest is an array of the file, and has as many bytes."""
+    for entry in leaves:
+        name, key = entry["path"], entry["dtype"].startswith("key<")
+        if name in contents.table:
+            size = contents.array(name).nbytes
+            # A key's size depends on its implementation; JAX checks it.
+            if key or size == math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize:
+                continue
+        raise CheckpointError(
+            f"A checkpoint holds the arrays that its manifest lists, got {_say(entry)} in {path} "
+            "without the bytes for it; expected a file as fbprop.train.save writes it: use "
+            "another one."
+        )
 
 
 def _version(package):
@@ -230,17 +292,27 @@ def _leaf(stored, entry, implementation, like):
     return jax.device_put(leaf, like.sharding) if getattr(like, "committed", False) else leaf
 
 
-def _step_of(file) -> int | None:
-    """The step in a file's manifest, or None if it is no checkpoint of ours."""
-    metadata = read_metadata(file)
-    return _manifest(file, metadata)["step"] if "fbprop" in metadata else None
+def _sound_step(file) -> int | None:
+    """The step in a checkpoint whose every byte is right; None if it is no checkpoint of ours."""
+    if not file.is_file():
+        raise OSError("no regular file")  # a directory, or a link to nothing
+    contents = read(file)
+    return _manifest(file, contents.metadata)["step"] if "fbprop" in contents.metadata else None
 
 
 def _remove_older(path, keep_last, keep):
     pattern = re.sub(r"\d+", r"\\d+", re.escape(path.name))
     own = [f for f in path.parent.iterdir() if f != path and re.fullmatch(pattern, f.name)]
-    own.sort(key=lambda file: _step_of(file) or 0, reverse=True)
+    steps = {file: step for file in own if (step := _step_of(file)) is not None}
     kept = {pathlib.Path(file) for file in keep}
-    for file in own[keep_last - 1:]:
+    for file in sorted(steps, key=steps.get, reverse=True)[keep_last - 1:]:
         if file not in kept:
             file.unlink()
+
+
+def _step_of(file) -> int | None:
+    """The step in a file's manifest; None if it has none that can be read."""
+    try:
+        return read_manifest(file)["step"]
+    except (OSError, CheckpointError):
+        return None

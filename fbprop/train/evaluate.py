@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
+from fbprop.optim.arguments import check_count
 from fbprop.optim.objective import Weighted, number
 
 
@@ -168,5 +169,4 @@ def _length(data) -> int:
 
 
 def _check_batch_size(batch_size):
-    if batch_size < 1:
-        raise ValueError(f"A batch has examples, got batch_size={batch_size} expected >= 1.")
+    check_count("batch_size", batch_size)

@@ -68,7 +68,7 @@ class ArrayFeed:
 
     def __init__(self, data, batch_size: int, key, most: int | None, every: int | None):
         self.examples = count_examples("data", data)
-        self.data = jax.device_put(data)
+        self.data = _on_device(data)
         self.size = batch_size
         self.key = jax.random.fold_in(key, _SHUFFLING)
         self.steps = jax.eval_shape(lambda: batches(self.examples, batch_size)).shape[0]
@@ -101,6 +101,7 @@ class BatchFeed:
     def dispatches(self, position: Position, left: int | None) -> Iterator[Dispatch]:
         """From ``position`` to the end of its pass, ``left`` steps at most."""
         source = self.data(position.epoch) if callable(self.data) else self.data
+        check_batches("data of a pass", source)
         seen = position.batch
         with contextlib.closing(prefetch(itertools.islice(source, seen, None))) as loaded:
             groups = self._groups(loaded, seen, left)
@@ -145,7 +146,8 @@ class BatchFeed:
 
 def check_batches(name, data):
     """Refuses arrays where batches of them belong: a dict would be gone through key by key."""
-    if isinstance(data, Mapping) or hasattr(data, "shape"):
+    iterable = isinstance(data, Iterable) and not isinstance(data, (str, bytes))
+    if isinstance(data, Mapping) or hasattr(data, "shape") or not (iterable or callable(data)):
         raise ValueError(
             f"Without batch_size, {name} is an iterable of batches, got {type(data).__name__} "
             "expected a list, a generator or a function of the pass's number: pass batch_size "
@@ -170,7 +172,7 @@ def _after(position, seen, end):
 
 
 def _single(batch):
-    return 1, jax.device_put(batch), None
+    return 1, _on_device(batch), None
 
 
 def _stacked(group):
@@ -179,7 +181,19 @@ def _stacked(group):
         on_host = all(isinstance(x, np.ndarray) for x in xs)
         return (np if on_host else jnp).stack(xs)
 
-    return len(group), jax.device_put(jax.tree.map(one, *group)), np.arange(len(group))
+    return len(group), _on_device(jax.tree.map(one, *group)), np.arange(len(group))
+
+
+def _on_device(tree):
+    for x in jax.tree.leaves(tree):
+        kind = getattr(x, "dtype", None)
+        if not isinstance(x, (bool, int, float, complex)) and (kind is None or kind.kind in "OSU"):
+            raise TypeError(
+                f"Batches are pytrees of arrays of numbers, got one that holds a "
+                f"{type(x).__name__} of {kind or 'no dtype'}; expected arrays: encode words and "
+                "classes as integers."
+            )
+    return jax.device_put(tree)
 
 
 def _form(batch):

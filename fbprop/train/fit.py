@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from fbprop.optim.arguments import check_count
 from fbprop.optim.chain import check_optimizer
 from fbprop.train.evaluate import evaluate, evaluate_batches
 from fbprop.train.feed import ArrayFeed, BatchFeed, Position, check_batches, count_examples
@@ -83,11 +85,13 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     Raises:
       NonFiniteLoss: the loss or the parameters are not finite; it names the step, and the last
         checkpoint is from before.
-      CheckpointError: the newest checkpoint is damaged or of another model.
+      CheckpointError: the newest sound checkpoint is of another model, or all are damaged.
+      OSError: the directory for checkpoints cannot be written to.
       ValueError: arguments that do not go together.
 
     Warns:
-      RuntimeWarning: the training loss has risen by half of what it had fallen.
+      RuntimeWarning: the training loss has risen by half of what it had fallen; or a checkpoint is
+        damaged, which is passed over.
 
     Example:
       >>> import jax.numpy as jnp
@@ -126,9 +130,21 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
         stopped = _reason(run, epochs, steps, patience)
         while stopped is None:
             stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
+    except Exception as error:
+        error.add_note(_left_of(run))
+        raise
     finally:
         bar.close()
     return Fit(run.state, run.best_state(), run.log.rows, stopped)
+
+
+def _left_of(run):
+    """What an error in the midst of a run leaves: the state that was given is donated by then."""
+    last = None if run.store is None else run.store.last
+    left = "nothing was saved (checkpoints=directory saves)" if last is None else (
+        f"the last checkpoint is {last}, from which the same call goes on"
+    )
+    return f"fbprop.train.fit had made {run.step} steps; {left}."
 
 
 def _one_pass(run, feed, one, many, bar, limits):
@@ -176,7 +192,13 @@ def _held_out_metrics(metric, held_out, batch_size):
     def of(state):
         more = () if state.model_state is None else (state.model_state,)
         got = run(state.params, data() if callable(data) else data, *more)
-        return {k: float(v) for k, v in jax.device_get(got).items()}
+        got = jax.device_get(got)
+        if not all(np.ndim(v) == 0 and hasattr(v, "dtype") for v in got.values()):
+            raise TypeError(
+                f"A metric is a scalar or a dict of scalars, got {got} expected e.g. "
+                '{"accuracy": jnp.mean(...)}.'
+            )
+        return {k: float(v) for k, v in got.items()}
 
     return of
 
@@ -196,8 +218,12 @@ def _check(epochs, steps, metric, held_out, patience, every, steps_per_dispatch)
         raise ValueError("A run ends, got neither epochs nor steps; expected one of them or both.")
     for name, value in {"epochs": epochs, "steps": steps, "every": every, "patience": patience,
                         "steps_per_dispatch": steps_per_dispatch}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} counts, got {name}={value} expected >= 1, or None.")
+        if value is not None:
+            check_count(name, value)
+    if not (metric is None or callable(metric)):
+        raise TypeError(
+            f"A metric is a function, got {type(metric).__name__} expected metric(params, batch)."
+        )
     if (metric is None) != (held_out is None):
         raise ValueError(
             "Held-out data are judged by a metric, got one of metric and held_out; expected both: "

@@ -11,6 +11,7 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.core.factored import Rows, dense
+from fbprop.optim.arguments import check_count
 from fbprop.optim.objective import Weighted, call_loss, mean_of, means_of, number
 from fbprop.optim.transform import scaled, wide, zeros
 from fbprop.reverse import value_and_grad
@@ -85,8 +86,7 @@ def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, **engine) -> Ca
 
 
 def check_pieces(pieces):
-    if pieces < 1:
-        raise ValueError(f"A batch has pieces, got accumulate={pieces} expected >= 1.")
+    check_count("accumulate", pieces)
 
 
 def _divided(grads, held, weight: Weighted | None, scale):

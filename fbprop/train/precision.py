@@ -12,6 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
+from fbprop.optim.arguments import check_count, passes
+
+# A scale of 2⁶⁴ lifts gradients of 3e-27 into float16, and times or divided by any sensible weight
+# it stays a normal float32; doubled for ever it would be infinite after 113 intervals.
+LARGEST = 2.0**64
+
 
 class LossScale(NamedTuple):
     """The factor by which a float16 loss is multiplied, and what decides about its next value.
@@ -31,28 +37,30 @@ def loss_scale(initial: float = 2.0**15, interval: int = 2000) -> LossScale:
     """A dynamic loss scale, for ``train.init(..., loss_scale=train.loss_scale())``.
 
     A step whose gradients are not all finite changes nothing but the scale, which is halved (down
-    to 1); after ``interval`` steps without, it is doubled. The rule is that of PyTorch's
-    ``GradScaler``, which begins with 2¹⁶.
+    to 1); after ``interval`` steps without, it is doubled (up to 2⁶⁴). The rule is that of
+    PyTorch's ``GradScaler``, which begins with 2¹⁶ and stops short of infinity.
 
     Args:
       initial: the first scale, a power of two, so that scaling does not round.
       interval: see above.
 
     Raises:
-      ValueError: ``initial`` is no power of two >= 1, or ``interval`` < 1.
+      ValueError: ``initial`` is no power of two from 1 to 2⁶⁴, or ``interval`` is no integer from 1
+        to 2³¹ − 1.
 
     Example:
       >>> from fbprop import train
       >>> float(train.loss_scale().scale)
       32768.0
     """
-    if not initial >= 1 or math.frexp(initial)[0] != 0.5:
+    if not passes("initial", initial, lambda v: 1 <= v <= LARGEST and math.frexp(v)[0] == 0.5):
         raise ValueError(
-            f"A loss scale is a power of two, got initial={initial} expected 1, 2, 4, ...: with "
-            "others every gradient would be rounded twice."
+            f"A loss scale is a power of two, got initial={initial} expected 1, 2, 4, ... up to "
+            "2**64: with others every gradient would be rounded twice."
         )
-    if interval < 1:
-        raise ValueError(f"A scale grows after some steps, got interval={interval} expected >= 1.")
+    check_count("interval", interval)
+    if interval > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"Steps are int32, got interval={interval} expected at most 2**31 - 1.")
     return LossScale(jnp.float32(initial), jnp.int32(0), jnp.int32(interval))
 
 
@@ -82,7 +90,8 @@ def keep_if_finite(finite: jax.Array, new, old):
     scale, good, interval = old.loss_scale
     grow = finite & (good + 1 >= interval)
     adjusted = LossScale(
-        jnp.where(finite, jnp.where(grow, scale * 2, scale), jnp.maximum(scale / 2, 1)),
+        # From whatever an older state holds, infinity too, the scale comes back into its bounds.
+        jnp.clip(jnp.where(finite, jnp.where(grow, scale * 2, scale), scale / 2), 1, LARGEST),
         jnp.where(finite & ~grow, good + 1, 0),
         interval,
     )
@@ -94,11 +103,16 @@ def keep_if_finite(finite: jax.Array, new, old):
 
 
 def check_compute_dtype(dtype):
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(
-            f"Networks compute with real numbers, got compute_dtype={jnp.dtype(dtype).name} "
-            "expected a floating dtype: jnp.bfloat16 or jnp.float16."
-        )
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+        if name is None or jnp.issubdtype(name, jnp.floating):
+            return
+    except TypeError:
+        name = repr(dtype)
+    raise ValueError(
+        f"Networks compute with real numbers, got compute_dtype={name} expected a floating dtype: "
+        "jnp.bfloat16 or jnp.float16."
+    )
 
 
 def check_scaled(dtype, scale):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 from fbprop.train.checkpoint import check_keep_last, latest, read_manifest, restore, save
 from fbprop.train.precision import all_finite
 from fbprop.train.stopping import NonFiniteLoss, first_bad_step
+from fbprop.train.tensorfile import CheckpointError
 
 
 class Run:
@@ -72,9 +75,17 @@ class Run:
         """The best state of the run, from memory or from its checkpoint."""
         if self.best.step is None or self.best.step == self.step:
             return self.state
-        if self.store is not None:
+        if self.store is None:
+            return jax.tree.map(jnp.asarray, self.kept_best)
+        try:
             return restore(self.store.path(self.best.step), self.state)
-        return jax.tree.map(jnp.asarray, self.kept_best)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(
+                f"The best round is read from its checkpoint, got {error!s} expected the one of "
+                f"step {self.best.step}: Fit.best is the last state instead.",
+                RuntimeWarning, stacklevel=3,
+            )
+            return self.state
 
     def text(self):
         """The latest numbers, for the progress line."""
@@ -89,6 +100,7 @@ class Store:
 
     def __init__(self, directory, keep_last):
         check_keep_last(keep_last)
+        _check_writable(directory)
         self.directory, self.keep_last, self.last = directory, keep_last, None
 
     def path(self, step):
@@ -114,6 +126,19 @@ class Store:
         self.last = save(
             self.path(run.step), run.state, metadata=record, keep_last=self.keep_last, keep=best
         )
+
+
+def _check_writable(directory):
+    """Makes the directory, and sees before any training that files can be made in it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Checkpoints need a directory that can be written to, got {directory} ({error}); "
+            "expected another path, or another owner."
+        ) from error
 
 
 def _on_host(state):

@@ -17,7 +17,7 @@ class State(NamedTuple):
     Attributes:
       params: pytree of arrays.
       opt_state: the optimiser's state.
-      step: updates done, int32 [].
+      step: updates done, int32 []; 2³¹ − 1 stays what it is, as optimisers' counts do.
       key: the run's random key, the same throughout; step t uses ``fold_in(key, t)``, so a run
         resumed at t draws what an uninterrupted one would.
       model_state: what the model carries from step to step besides parameters, such as running
@@ -46,7 +46,7 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
       loss_scale: `fbprop.train.loss_scale` for float16; None: the loss is not scaled.
 
     Raises:
-      TypeError: ``optimizer`` is no optimiser.
+      TypeError: ``optimizer`` is no optimiser; something else is no array, key or loss scale.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,6 +57,15 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
     """
     check_optimizer(optimizer)
     key = jax.random.key(0) if key is None else key
+    if not (hasattr(key, "dtype") and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim)):
+        raise TypeError(
+            f"A run has a random key, got {key!r} expected one from jax.random.key(seed)."
+        )
+    if not isinstance(loss_scale, (LossScale, type(None))):
+        raise TypeError(
+            f"A loss scale changes during a run, got {loss_scale!r} expected "
+            "fbprop.train.loss_scale(initial), or None."
+        )
     params = jax.tree.map(_fresh, params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))
     return State(
@@ -65,6 +74,19 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
     )
 
 
+def check_is_state(state):
+    if not isinstance(state, State):
+        raise TypeError(
+            f"A step goes from state to state, got {type(state).__name__} expected "
+            "fbprop.train.State: fbprop.train.init(params, optimizer) makes the first."
+        )
+
+
 def _fresh(x):
     """A copy with a buffer of its own, without the weak type that would make step 2 recompile."""
+    if not isinstance(x, (jax.typing.ArrayLike, list)):
+        raise TypeError(
+            f"A state is a pytree of arrays, got a leaf {x!r} of type {type(x).__name__} expected "
+            "arrays or numbers: keep what is none outside."
+        )
     return jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
+from fbprop.core.factored import dense
 from fbprop.core.table import Table
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
-from fbprop.optim.transform import takes_factored
+from fbprop.optim.transform import increment, scaled, takes_factored
 from fbprop.train.gradients import check_pieces, gradients_of
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
-from fbprop.train.state import State
+from fbprop.train.state import State, check_is_state
 
 
 def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
@@ -30,7 +31,8 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
         scalar; so may be metrics. Of a state with ``model_state``, such as running statistics:
         ``(params, batch, key, model_state) -> (scalar, metrics, model_state)``.
       optimizer: fbprop's or Optax's. Parameters it freezes (`fbprop.optim.freeze`) are not
-        differentiated at all.
+        differentiated at all. One that asks for them gets ``value``, ``grad`` and ``value_fn``,
+        the loss of this batch as a function of the parameters: `optax.lbfgs`, say.
       accumulate: in how many pieces, cut along the first axis, the batch is worked through, for
         that many times less memory. The gradient is that of the whole batch for a loss that is a
         mean over examples, or `Weighted`; keys differ from piece to piece, metrics are means over
@@ -119,14 +121,20 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
     )
 
     def one(state: State, batch):
+        check_is_state(state)
         check_scaled(compute_dtype, state.loss_scale)
         key = jax.random.fold_in(state.key, state.step)
         held = _trainable(optimizer, state.params)
         scale = None if state.loss_scale is None else state.loss_scale.scale
         got = gradients(held, state.params, batch, key, state.model_state, scale)
-        updates, opt_state = update_of(got.grads, state.opt_state, held, value=got.value)
+        updates, opt_state = update_of(
+            got.grads, state.opt_state, held, value=got.value, grad=dense(got.grads),
+            value_fn=_value_of(lambda p: gradients(
+                p, state.params, batch, key, state.model_state, scale
+            )),
+        )
         new = State(
-            apply_updates(state.params, updates), opt_state, state.step + 1, state.key,
+            apply_updates(state.params, updates), opt_state, increment(state.step), state.key,
             got.model_state, state.loss_scale,
         )
         metrics = {"loss": got.value, **got.metrics}
@@ -139,6 +147,26 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
     return one
 
 
+def _value_of(gradients: Callable) -> Callable:
+    """The loss of this batch as a function of the parameters, for line searches.
+
+    Its gradient is that of the step, with its rules, precision and pieces.
+    """
+    @jax.custom_vjp
+    def value(params):
+        return gradients(params).value
+
+    def forward(params):
+        got = gradients(params)
+        return got.value, dense(got.grads)
+
+    def backward(grads, dvalue):
+        return (tree_map(lambda g: scaled(g, dvalue).astype(g.dtype), grads),)
+
+    value.defvjp(forward, backward)
+    return value
+
+
 def _trainable(optimizer, params):
     """The parameters with None in place of the frozen ones."""
     if not is_freezing(optimizer):
@@ -147,6 +175,11 @@ def _trainable(optimizer, params):
 
 
 def _check_data(data, indices):
+    if not hasattr(indices, "ndim"):
+        raise TypeError(
+            f"indices are one array [steps, batch], got {type(indices).__name__} expected e.g. "
+            "fbprop.data.batches(n, batch_size)."
+        )
     if indices.ndim not in (1, 2) or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(
             f"indices are integers [steps, batch], got {jax.typeof(indices).str_short()}; "

@@ -24,7 +24,9 @@ class NonFiniteLoss(FloatingPointError):
         )
         super().__init__(
             f"Training stops when its numbers are not finite, got {what} in step {step} expected "
-            f"a finite one; {left}: lower the learning rate, clip gradients, or look at the batch."
+            f"a finite one; {left}: lower the learning rate, clip gradients, or look at the batch: "
+            "a class label outside the range of the classes makes a loss nan, and so do inputs "
+            "that hold nan or inf."
         )
         self.step, self.checkpoint = step, checkpoint
 

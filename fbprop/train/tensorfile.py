@@ -15,7 +15,6 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
@@ -69,7 +68,7 @@ def save_tensors(path: str | os.PathLike, tree: Any) -> None:
       ...     {name: (x.shape, x.dtype.name) for name, x in train.load_tensors(file).items()}
       {'dense/w': ((2, 3), 'bfloat16')}
     """
-    write(path, named_leaves(jax.tree.map(np.asarray, tree)), {})
+    write(path, {name: np.asarray(x) for name, x in named_leaves(tree).items()}, {})
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -91,6 +90,12 @@ def named_leaves(tree) -> dict[str, Any]:
     """The leaves of a pytree by their paths, in order."""
     leaves, _ = tree_flatten_with_path(tree)
     named = {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    for name, leaf in named.items():
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise TypeError(
+                f"A file holds arrays, got {leaf!r} of type {type(leaf).__name__} at {name!r} "
+                "expected an array or a number: keep it in metadata."
+            )
     if len(named) != len(leaves) or "__metadata__" in named:
         raise ValueError(
             "Every array in a file has a name of its own, got two leaves whose paths are spelt "
@@ -107,12 +112,21 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Non
     header = _header(tensors, metadata)
     raw = [_bytes(x) for x in tensors.values()]
     header = header.replace(_stamp(_ZEROS), _stamp(_digest(header, *raw)), 1)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"Arrays are written to a file, got the directory {path} expected a path where a file "
+            "can be: remove it, or choose another name."
+        )
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.writelines([len(header).to_bytes(8, "little"), header, *raw])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.writelines([len(header).to_bytes(8, "little"), header, *raw])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:  # a full disk, an interrupt: nothing half-written stays
+        partial.unlink(missing_ok=True)
+        raise
     _sync_directory(path.parent)
 
 

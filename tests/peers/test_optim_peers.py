@@ -204,3 +204,59 @@ def test_optax_optimisers_train(optimizer):
     assert metrics["loss"].shape == (40,)
     assert last["loss"] < first["loss"]
     assert traces == [(8, 3), (2, 3)]
+
+
+def curved(params, batch, key):
+    x, y = batch
+    error = jnp.tanh(x @ params["w"]) * params["s"] + params["b"] - y
+    return jnp.mean(error**2)
+
+
+LINE_SEARCHES = {
+    "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10)),
+    "lbfgs": optim.chain(optim.scale(1.0), optax.lbfgs()),
+}
+
+
+def start_curved():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (3,)), "s": jnp.float32(0.5), "b": jnp.float32(0.3)}
+    x = jax.random.normal(keys[1], (12, 3))
+    return params, (x, jnp.sin(x[:, 0]))
+
+
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_line_searches_are_served_as_in_an_optax_loop(name):
+    optimizer, (start, batch) = LINE_SEARCHES[name], start_curved()
+    value_fn = lambda p: curved(p, batch, None)
+
+    def optax_step(params, state):
+        value, grad = jax.value_and_grad(value_fn)(params)
+        updates, state = optimizer.update(
+            grad, state, params, value=value, grad=grad, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    with jax.numpy_dtype_promotion("standard"):
+        state, params, theirs = train.init(start, optimizer), start, optimizer.init(start)
+        ours, optax_step = train.step(curved, optimizer), jax.jit(optax_step)
+        for _ in range(4):
+            state, metrics = ours(state, batch)
+            params, theirs, value = optax_step(params, theirs)
+            np.testing.assert_allclose(metrics["loss"], value, rtol=1e-4)
+    chex.assert_trees_all_close(state.params, params, rtol=1e-3, atol=1e-5)
+
+
+def test_line_searches_go_with_frozen_parameters_groups_pieces_and_epochs():
+    start, batch = start_curved()
+    with jax.numpy_dtype_promotion("standard"):
+        for optimizer, still in (
+            (optim.freeze(optax.lbfgs(), "b"), "b"),
+            (optim.by_path({"b": None, "w": optax.lbfgs(), "*": optim.sgd(0.1)}), "b"),
+        ):
+            state = train.init(start, optimizer)
+            run = train.epoch(curved, optimizer, accumulate=2)
+            state, metrics = run(state, batch, jnp.arange(12)[None].repeat(3, 0))
+            assert metrics["loss"][-1] < metrics["loss"][0]
+            assert state.params[still] == start[still]
+            assert state.params["w"][0] != start["w"][0]
