@@ -39,6 +39,20 @@ def open_jaxpr(jaxpr):
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def closed(jaxpr):
+    """An open jaxpr without constants as a closed one."""
+    return jaxpr if hasattr(jaxpr, "consts") else jax.extend.core.ClosedJaxpr(jaxpr, ())
+
+
+def with_equations(jaxpr, eqns):
+    """The jaxpr with these equations in the place of its own."""
+    body = open_jaxpr(jaxpr)
+    if body.eqns == eqns:
+        return jaxpr
+    body = body.replace(eqns=eqns)
+    return body if jaxpr is open_jaxpr(jaxpr) else jaxpr.replace(jaxpr=body)  # jax 0.12; 0.10
+
+
 def consts_of(jaxpr):
     """Values bound to ``constvars``; an open jaxpr (0.10's ``remat2`` parameter) has none."""
     return tuple(getattr(jaxpr, "consts", ()))
