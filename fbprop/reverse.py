@@ -102,7 +102,6 @@ def _flat(fun, in_tree, has_aux):
     """
     seen = {}
 
-    @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def flat(*values):
         out = fun(*tree_unflatten(in_tree, values))
         aux = ()
@@ -119,6 +118,7 @@ def _flat(fun, in_tree, has_aux):
         seen["static"] = [None if _is_array(x) else (x,) for x in extras]
         return [*outs, *(x for x in extras if _is_array(x))]
 
+    flat.__wrapped__ = fun  # what errors are to name
     return flat, seen
 
 
@@ -283,6 +283,7 @@ def value_and_grad(
                 full[i] = value
             return fun(*full, **kwargs)
 
+        of_chosen.__wrapped__ = fun
         primals = [args[i] for i in chosen]
         for leaf in tree_leaves(primals):
             _check_input(_as_value(leaf).dtype, holomorphic, allow_int)

@@ -19,7 +19,7 @@ from jax._src.interpreters.partial_eval import DynamicJaxprTrace, DynamicJaxprTr
 from jax.extend import source_info_util as lines
 
 from fbprop.core import jaxcompat as jc
-from fbprop.core.unknown import ERRORS, say
+from fbprop.core.unknown import ERRORS
 from fbprop.core.written import WRITTEN, Written
 
 # Functions of JAX that ask of every operand whether it is known, and do without it.
@@ -50,7 +50,7 @@ class Recorded(DynamicJaxprTracer):
         while asking.f_code.co_name in ("to_concrete_value", "is_concrete"):
             asking = asking.f_back
         name = asking.f_code.co_name
-        if name in IDLE or name == "power" and jc.differentiable(self.aval):
+        if name in IDLE or (name == "power" and jc.differentiable(self.aval)):
             return None
         return core.to_concrete_value(self.evaluated())
 
@@ -89,9 +89,7 @@ def _of_constant(name):
         try:
             return getattr(super(Recorded, self), name)(*args, **kwargs)
         except ERRORS as error:
-            if self.known is not None:
-                say(error, f"What Python takes out of an array by {name} has no derivative",
-                    "one that is not differentiated: use jax.lax.stop_gradient(x), or x.item()")
+            error.is_known = self.known is not None
             raise
 
     return method
@@ -143,7 +141,7 @@ class Record(DynamicJaxprTrace):
     def _concerns(self, primitive, operands):
         """Whether an operation is about recorded values; others are done at once, as in JAX."""
         return getattr(primitive, "ref_allocating", False) or any(
-            isinstance(x, Recorded) and x._trace is self or isinstance(x, core.Ref)
+            (isinstance(x, Recorded) and x._trace is self) or isinstance(x, core.Ref)
             for x in operands
         )
 
@@ -177,7 +175,7 @@ class Record(DynamicJaxprTrace):
     def _done(self, outs):
         """Results of an operation just recorded; if the world sees that it is done, it is done."""
         eqns = self.frame.tracing_eqns
-        if self.knows and eqns and any(map(_is_seen, eqns[-1].effects)):
+        if self.knows and eqns and _is_seen(eqns[-1]):
             self.cut()
         return [*map(core.full_lower, outs)] if isinstance(outs, list) else core.full_lower(outs)
 
@@ -234,14 +232,17 @@ def record(fun, leaves, pieces):
       is known, those values, and the functions in it that can be called as written.
     """
     trace = Record(fun, pieces)
-    try:
-        with lines.reset_name_stack(), TracebackScope():
-            inputs = [trace.input(x) for x in leaves]
-            with core.set_current_trace(trace):
-                outs = fun(*inputs)
-            return *trace.last(inputs, outs), trace.written
-    finally:
-        trace.invalidate()
+    with core.ensure_no_leaks(trace):
+        try:
+            with lines.reset_name_stack(), TracebackScope():
+                inputs = [trace.input(x) for x in leaves]
+                with core.set_current_trace(trace):
+                    outs = fun(*inputs)
+                found = *trace.last(inputs, outs), trace.written
+        finally:
+            trace.invalidate()
+        del trace, inputs, outs, fun
+    return found
 
 
 def _knows(trace):
@@ -255,6 +256,8 @@ def _knows(trace):
     return True
 
 
-def _is_seen(effect):
-    """Whether an effect is one on the world, rather than on a mutable array or over an axis."""
-    return not isinstance(effect, (effects.JaxprInputEffect, core.NamedAxisEffect))
+def _is_seen(eqn):
+    """Whether an equation does something outside, not only on a mutable array or over an axis."""
+    inside = (effects.JaxprInputEffect, core.NamedAxisEffect)
+    seen = any(not isinstance(effect, inside) for effect in eqn.effects)
+    return seen or eqn.primitive.name == "pure_callback"

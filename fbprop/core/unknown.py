@@ -27,41 +27,41 @@ LIBRARIES = tuple(
 )
 
 
-def say(error, invariant, instead):
-    """Put one sentence in the place of JAX's text, which stays as a note.
-
-    Args:
-      error: one of `ERRORS`.
-      invariant: what holds; instead: what is expected, and the way to it.
-    """
-    if getattr(error, "said", False):
-        return
-    text = str(error)
-    asked = next(asked for kind, asked in ASKED.items() if isinstance(error, kind))
-    name = re.search(r"with the `(\w+)` function|The (\w+)\(\) method", text)
-    shape = re.search(r"\b\w+\[[\d,]*\]", text)
-    asked = f"{name[1] or name[2]}()" if name else asked
-    kind = f" of {shape[0]}" if shape else ""
-    error.args = (f"{invariant}, got {asked} asked{kind}{_where(error)} expected {instead}.",)
-    error.add_note(text)
-    error.said = True
+# What holds, and what to do, for a value that is not known and for one that is.
+NOT_KNOWN = (
+    "A value is not known while what computes it is compiled, mapped, or in the body of a loop or "
+    "branch",
+    "an operation on arrays: jax.lax.cond or jnp.where for a branch, jax.lax.while_loop or "
+    "jax.lax.scan for a loop, size= for a shape; or make what the value comes from a static "
+    "argument",
+)
+LOSES = (
+    "What Python takes out of a differentiated array has no derivative",
+    "jax.lax.stop_gradient(x) in its place, or x.item(), where that is meant",
+)
 
 
 @contextlib.contextmanager
 def said():
-    """Where Python asks for a value that is not known because a function is traced, say so."""
+    """Errors about a value that Python asks for, with a sentence of ours; JAX's stays as a note."""
     try:
         yield
     except ERRORS as error:
-        say(
-            error,
-            "A value is not known while what computes it is compiled, mapped, or in the body of a "
-            "loop or branch",
-            "an operation on arrays: jax.lax.cond or jnp.where for a branch, jax.lax.while_loop or "
-            "jax.lax.scan for a loop, size= for a shape; or make what the value comes from a "
-            "static argument",
-        )
+        if not hasattr(error, "said"):
+            error.said = str(error)
+            error.add_note(error.said)
+            error.args = (_sentence(error),)
         raise
+
+
+def _sentence(error):
+    holds, instead = LOSES if getattr(error, "is_known", False) else NOT_KNOWN
+    asked = next(asked for kind, asked in ASKED.items() if isinstance(error, kind))
+    name = re.search(r"with the `([a-z]+)` function|The ([a-z]+)\(\) method", error.said)
+    asked = f"{name[1] or name[2]}()" if name else asked
+    of = re.search(r"\b\w+\[[\d,]*\]", error.said)
+    of = f" of a {of[0]}" if of else ""
+    return f"{holds}, got {asked}{of}{_where(error)} expected {instead}."
 
 
 def _where(error):
