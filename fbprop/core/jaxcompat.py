@@ -1,7 +1,8 @@
 """Everything fbprop needs of JAX that is not public API or differs between versions.
 
 Tested with jax 0.10.2 (Python 3.11) and jax 0.12.0.1 (Python 3.12). Nothing else in fbprop
-touches an attribute of a jaxpr that is not used here, so a new JAX release is met in this file.
+touches an attribute of a jaxpr that is not used here, so a new JAX release is met in this file, and
+in `fbprop.core.record`, which is a tracer.
 """
 
 from __future__ import annotations
