@@ -4,8 +4,7 @@
 the tracers here, when asked, have everything recorded up to then evaluated, as one piece, and go
 on. A function that asks nothing stays one piece, and nothing in it is evaluated twice, or early.
 
-All of this is about JAX's internals (`DynamicJaxprTrace`, which `make_jaxpr` uses): tested with jax
-0.10.2 and 0.12.0.1.
+It stands on JAX's `DynamicJaxprTrace`, which `make_jaxpr` uses: tested with 0.10.2 and 0.12.0.1.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ class Recorded(DynamicJaxprTracer):
         return super().__getattr__(name)
 
     def __repr__(self):
-        value = self.evaluated()
-        return super().__repr__() if value is None else f"Recorded({value})"
+        return super().__repr__() if self.evaluated() is None else f"Recorded({self.known})"
 
     def __format__(self, spec):
         value = self.evaluated()
@@ -100,12 +98,7 @@ for _name in METHODS:
 
 
 class Record(DynamicJaxprTrace):
-    """The trace under which a function runs.
-
-    Args:
-      fun: the function.
-      pieces: `fbprop.core.pieces.Pieces`, which evaluates what was recorded.
-    """
+    """The trace under which a function runs; ``pieces`` (`Pieces`) evaluates what it recorded."""
 
     __slots__ = ("born", "knows", "pieces", "stack", "written")
 
@@ -140,7 +133,7 @@ class Record(DynamicJaxprTrace):
 
     def _concerns(self, primitive, operands):
         """Whether an operation is about recorded values; others are done at once, as in JAX."""
-        return getattr(primitive, "ref_allocating", False) or any(
+        return primitive.ref_allocating or any(
             (isinstance(x, Recorded) and x._trace is self) or isinstance(x, core.Ref)
             for x in operands
         )
@@ -159,7 +152,7 @@ class Record(DynamicJaxprTrace):
         try:
             outs = record(prim, *functions, tracers, **params)
             eqn = self.frame.tracing_eqns[-1]
-            if self.knows and eqn.params["num_consts"] == 0:
+            if self.knows and eqn.outvars and eqn.params["num_consts"] == 0:
                 self.written[eqn.outvars[0]] = call
             return self._done(outs)
         except ERRORS:
@@ -183,7 +176,7 @@ class Record(DynamicJaxprTrace):
         """Evaluate what was recorded since the last time, for the values that someone holds."""
         if not self.frame.tracing_eqns:
             return
-        free = self._free(())
+        free = self._free((), ())
         self.frame.tracing_eqns = self.frame.get_eqns()  # of variables, which keep no value alive
         alive = [t for t in (ref() for ref in self.born) if t is not None]
         self.born = []
@@ -197,14 +190,11 @@ class Record(DynamicJaxprTrace):
         """The jaxpr from the inputs, and what else is known, to the results; and its arguments."""
         line = lines.current()
         outs = [self.to_jaxpr_tracer(dtypes.canonicalize_value(x), line) for x in outs]
-        free = self._free(outs)
-        for t in leaves:
-            free.pop(t.val, None)
-        return self._piece(leaves, free, outs)
+        return self._piece(leaves, self._free(outs, leaves), outs)
 
-    def _free(self, outs):
-        """Tracers that equations not evaluated yet use, of values that are known."""
-        used, made = {}, set()
+    def _free(self, outs, leaves):
+        """Tracers, of values that are known, that what is not evaluated yet needs, but leaves."""
+        used, made = {}, {t.val for t in leaves}
         for eqn in self.frame.tracing_eqns:
             used.update((t.val, t) for t in eqn.in_tracers if jc.is_var(t.val))
             made.update(eqn.outvars)
@@ -223,9 +213,6 @@ class Record(DynamicJaxprTrace):
 
 def record(fun, leaves, pieces):
     """What a function of these values does, from where it last asked for one.
-
-    Args:
-      pieces: what evaluates what was recorded, when a value is asked for; see there for the rest.
 
     Returns:
       Arguments for `Pieces.run`: the jaxpr to the function's results from ``leaves`` and what else
