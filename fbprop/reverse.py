@@ -23,7 +23,10 @@ from fbprop.core.arguments import check_function, check_input, cotangent_one, in
 from fbprop.core.engine import Engine
 from fbprop.core.factored import Factored
 from fbprop.core.jaxcompat import differentiable, out_avals, weak_like
+from fbprop.core.pieces import Pieces, backward
+from fbprop.core.record import record
 from fbprop.core.table import Table
+from fbprop.core.unknown import said
 
 
 def vjp(
@@ -36,8 +39,9 @@ def vjp(
 ):
     """Value of a function and its pullback, as `jax.vjp`, by fbprop's table of rules.
 
-    The function is traced: Python control flow on the values of ``primals`` needs `jax.lax.cond`
-    and its kin, as under `jax.jit`.
+    The function runs once, on values where they are known: Python may branch and loop on them
+    outside of `jax.jit`, as under `jax.vjp`. What it does with arrays is recorded, and evaluated
+    when a value is asked for, or at the end.
 
     Args:
       fun: pure function of pytrees of arrays, returning a pytree of arrays.
@@ -58,6 +62,7 @@ def vjp(
     Raises:
       TypeError: ``fun`` is not callable, a leaf is not an array, or ``has_aux`` without a pair.
       MissingRule: a differentiated value passes through a primitive that has no rule.
+      jax.errors.ConcretizationTypeError: Python asks for a value that is not known (its kin too).
 
     Example:
       >>> import fbprop, jax.numpy as jnp
@@ -71,16 +76,18 @@ def vjp(
     )
     leaves, in_tree = tree_flatten(primals)
     leaves = [_as_value(x) for x in leaves]
-    jaxpr, out_tree, aux, n_out = _trace(fun, in_tree, leaves, has_aux)
-    in_avals, avals = [jax.typeof(x) for x in leaves], out_avals(jaxpr)[:n_out]
-    active = tuple(differentiable(a) for a in in_avals)
-    wanted = tuple(i < n_out for i in range(len(out_avals(jaxpr))))
-    plan = engine.plan_once(jaxpr, active, wanted, factored=(_form(factored),) * len(active))
-    outs, kept = engine.forward(plan, leaves)
+    flat, seen = _flat(fun, in_tree, has_aux)
+    pieces = Pieces(engine, _form(factored))
+    with said():
+        jaxpr, *rest = record(flat, leaves, pieces)
+        in_avals, avals = [jax.typeof(x) for x in leaves], out_avals(jaxpr)
+        n_out = seen["out_tree"].num_leaves
+        outs = pieces.run(jaxpr, *rest, tuple(i < n_out for i in range(len(avals))))
     outs = [y if isinstance(y, jax.Array) else jnp.asarray(y) for y in outs]  # constants
-    pullback = Pullback(kept, (engine, plan, in_tree, out_tree, tuple(in_avals), tuple(avals)))
-    out = tree_unflatten(out_tree, outs[:n_out])
-    return (out, pullback, aux(outs[n_out:])) if has_aux else (out, pullback)
+    swept, kept = pieces.finish()
+    static = (engine, swept, in_tree, seen["out_tree"], tuple(in_avals), tuple(avals[:n_out]))
+    out, pullback = tree_unflatten(seen["out_tree"], outs[:n_out]), Pullback(kept, static)
+    return (out, pullback, _aux(seen, outs[n_out:])) if has_aux else (out, pullback)
 
 
 def _form(factored):
@@ -94,8 +101,11 @@ def _form(factored):
     )
 
 
-def _trace(fun, in_tree, leaves, has_aux):
-    """Jaxpr of ``fun`` over flat leaves; results first, then the array leaves of ``aux``."""
+def _flat(fun, in_tree, has_aux):
+    """``fun`` from flat values to a list, its results and then the array leaves of ``aux``.
+
+    Also what is known once it has run: the structure of both, and the other leaves of ``aux``.
+    """
     seen = {}
 
     def flat(*values):
@@ -110,20 +120,19 @@ def _trace(fun, in_tree, leaves, has_aux):
             out, aux = out
         outs, seen["out_tree"] = tree_flatten(out)
         extras, seen["aux_tree"] = tree_flatten(aux)
-        seen["n_out"] = len(outs)
         # What aux holds besides traced values (a string, a NumPy array) is handed back as it is.
         traced = [isinstance(x, jax.core.Tracer) for x in extras]
         seen["static"] = [None if t else (x,) for x, t in zip(extras, traced)]
         return [*outs, *(x for x, t in zip(extras, traced) if t)]
 
-    jaxpr = jax.make_jaxpr(flat)(*leaves)
+    flat.__wrapped__ = fun  # what errors are to name
+    return flat, seen
 
-    def rebuild(arrays):
-        arrays = iter(arrays)
-        leaves = [next(arrays) if s is None else s[0] for s in seen["static"]]
-        return tree_unflatten(seen["aux_tree"], leaves)
 
-    return jaxpr, seen["out_tree"], rebuild, seen["n_out"]
+def _aux(seen, arrays):
+    arrays = iter(arrays)
+    leaves = [next(arrays) if s is None else s[0] for s in seen["static"]]
+    return tree_unflatten(seen["aux_tree"], leaves)
 
 
 def _is_array(x):
@@ -182,13 +191,18 @@ class Pullback:
         return cls(*children, static)
 
     @property
+    def plans(self):
+        """What was decided per equation, of each piece: `fbprop.core.engine.Plan`."""
+        return [piece.plan for piece in self._static[1]]
+
+    @property
     def plan(self):
-        """What was decided per equation: `fbprop.core.engine.Plan`."""
-        return self._static[1]
+        """That of the last piece, the only one if Python asked for no value."""
+        return self.plans[-1]
 
     def __call__(self, cotangent, *others) -> tuple:
         """Cotangents of the primals, given one of the output."""
-        engine, plan, in_tree, out_tree, in_avals, avals = self._static
+        engine, pieces, in_tree, out_tree, in_avals, avals = self._static
         if others:
             raise TypeError(
                 "A pullback takes one cotangent with the structure of the output, got "
@@ -202,8 +216,8 @@ class Pullback:
             )
         numbered = enumerate(zip(leaves, avals))
         douts = [_checked_cotangent(d, a, i, cotangent) for i, (d, a) in numbered]
-        douts += [ct.ZERO] * (len(plan.wanted) - len(douts))
-        dins = engine.backward(plan, self.kept, douts)
+        douts += [ct.ZERO] * (len(pieces[-1].plan.wanted) - len(douts))
+        dins = backward(engine, pieces, self.kept, douts)
         return tree_unflatten(in_tree, [_boundary(d, a) for d, a in zip(dins, in_avals)])
 
     def __repr__(self):
@@ -283,6 +297,7 @@ def value_and_grad(
                 full[i] = value
             return fun(*full, **kwargs)
 
+        of_chosen.__wrapped__ = fun
         primals = [args[i] for i in distinct]
         for leaf in tree_leaves(primals):
             check_input(_as_value(leaf).dtype, holomorphic, allow_int)

@@ -71,6 +71,7 @@ class Plan:
       factored: the variables whose cotangents may stay unevaluated, and in which form (a subclass
         of `Factored`): the inputs for which the caller said so, and the results of equations whose
         rules take them.
+      n_extras: the number of steps that have a forward of their own.
     """
 
     def __init__(self, flow: Flow, wanted: tuple[bool, ...], factored: tuple, at_hand: bool):
@@ -96,6 +97,7 @@ class Plan:
             self.steps.append((site, rule, step))
         inputs = (*body.invars, *body.constvars) if at_hand else ()
         self.keep, self.made = split(body, self.steps, keep, inputs)
+        self.n_extras = sum(1 for found in self.steps if found and found[2].forward)
 
 
 class Kept(NamedTuple):

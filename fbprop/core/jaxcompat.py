@@ -1,7 +1,8 @@
 """Everything fbprop needs of JAX that is not public API or differs between versions.
 
 Tested with jax 0.10.2 (Python 3.11) and jax 0.12.0.1 (Python 3.12). Nothing else in fbprop
-touches an attribute of a jaxpr that is not used here, so a new JAX release is met in this file.
+touches an attribute of a jaxpr that is not used here, so a new JAX release is met in this file, and
+in `fbprop.core.record`, which is a tracer.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ def as_function(jaxpr):
 def open_jaxpr(jaxpr):
     """The part with ``constvars, invars, eqns, outvars``; jax 0.10 wraps it in a ClosedJaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def closed(jaxpr):
+    """An open jaxpr without constants as a closed one."""
+    return jaxpr if hasattr(jaxpr, "consts") else jax.extend.core.ClosedJaxpr(jaxpr, ())
+
+
+def with_equations(jaxpr, eqns):
+    """The jaxpr with these equations in the place of its own."""
+    body = open_jaxpr(jaxpr)
+    if body.eqns == eqns:
+        return jaxpr
+    body = body.replace(eqns=eqns)
+    return body if jaxpr is open_jaxpr(jaxpr) else jaxpr.replace(jaxpr=body)  # jax 0.12; 0.10
 
 
 def consts_of(jaxpr):

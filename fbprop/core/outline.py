@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import jax
 
-from fbprop.core.jaxcompat import is_var, open_jaxpr
+from fbprop.core.jaxcompat import is_var, open_jaxpr, with_equations
 from fbprop.core.library import (
     CALLS,
     argument_sets,
@@ -53,8 +53,7 @@ def outlined(jaxpr, functions: Mapping[str, list[str]]):
     if not found:
         return jaxpr
     eqns = [found.get(i, eqn) for i, eqn in enumerate(body.eqns) if i not in gone or i in found]
-    body = body.replace(eqns=eqns)
-    return body if jaxpr is open_jaxpr(jaxpr) else jaxpr.replace(jaxpr=body)  # jax 0.12; 0.10
+    return with_equations(jaxpr, eqns)
 
 
 def _kind(eqn):
