@@ -77,7 +77,7 @@ def explain(
     *args: Any,
     argnums: int | Sequence[int] = 0,
     rules: Table | None = None,
-    fallback: str | None = None,
+    fallback: str | None = "registered",
 ) -> Explanation:
     """Which rule differentiates which equation of a function, and what it keeps.
 

@@ -22,6 +22,7 @@ from fbprop.core import cotangent as ct
 from fbprop.core.arguments import check_function, check_input, cotangent_one, indices, positions
 from fbprop.core.engine import Engine
 from fbprop.core.factored import Factored
+from fbprop.core.fallback import FALLBACKS
 from fbprop.core.jaxcompat import differentiable, out_avals, weak_like
 from fbprop.core.pieces import Pieces, backward
 from fbprop.core.record import record
@@ -34,7 +35,7 @@ def vjp(
     *primals,
     has_aux: bool = False,
     rules: Table | None = None,
-    fallback: str | None = None,
+    fallback: str | None = "registered",
     factored: bool | type = False,
 ):
     """Value of a function and its pullback, as `jax.vjp`, by fbprop's table of rules.
@@ -49,7 +50,9 @@ def vjp(
         allowed; their cotangents are of dtype `jax.dtypes.float0`.
       has_aux: ``fun`` returns ``(out, aux)``, of which only ``out`` is differentiated.
       rules: the table of rules; default `fbprop.table`.
-      fallback: ``"jax"`` lets JAX differentiate primitives that have no rule; None: they raise.
+      fallback: who differentiates primitives that have no rule. ``"registered"``: the packages that
+        brought them, if they are not JAX's own, by the derivative that they registered in JAX;
+        ``"jax"``: JAX, these and its own; None: nobody.
       factored: cotangents that are products of two factors, or a few rows of a table, come back as
         such, `fbprop.Contraction` and `fbprop.Rows`, in place of arrays; one of these two classes:
         only that form does; False: as arrays.
@@ -165,10 +168,10 @@ def _checked(rules):
 
 
 def _checked_fallback(fallback):
-    if fallback not in (None, "jax"):
+    if fallback not in FALLBACKS:
         raise ValueError(
             f"fallback says who differentiates primitives without a rule, got "
-            f"{fallback!r} expected None or 'jax'."
+            f"{fallback!r} expected 'registered', 'jax' or None."
         )
     return fallback
 
@@ -256,7 +259,7 @@ def value_and_grad(
     allow_int: bool = False,
     *,
     rules: Table | None = None,
-    fallback: str | None = None,
+    fallback: str | None = "registered",
     factored: bool | type = False,
 ) -> Callable:
     """A function that returns ``fun``'s value and gradient, as `jax.value_and_grad`.
@@ -320,7 +323,7 @@ def grad(
     allow_int: bool = False,
     *,
     rules: Table | None = None,
-    fallback: str | None = None,
+    fallback: str | None = "registered",
     factored: bool | type = False,
 ) -> Callable:
     """A function that returns ``fun``'s gradient, as `jax.grad`; see `value_and_grad`.

@@ -230,7 +230,7 @@ def test_shape_errors_match_the_function_at_fault():
     fails("expected a tuple of length 2", lambda: fbprop.vjp(lambda x: x, 1.0, has_aux=True))
     fails("expected fbprop.Table", lambda: fbprop.grad(lambda x: x, rules={})(1.0))
     fails(
-        "expected None or 'jax'",
+        "expected 'registered', 'jax' or None",
         lambda: fbprop.grad(lambda x: x, fallback="torch")(1.0),
         error=ValueError,
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
 from fbprop.core.factored import Factored
-from fbprop.core.fallback import FALLBACK
+from fbprop.core.fallback import fallback_rule
 from fbprop.core.recompute import Values, split
 from fbprop.core.rule import Site, Step
 from fbprop.core.table import MissingRule, Table
@@ -113,12 +113,14 @@ class Engine(NamedTuple):
     Attributes:
       frugal: inside `jax.checkpoint`: nothing is held back to be computed in one go later.
       looped: inside a loop, whose two sweeps are two loops: XLA does not merge what is in them.
+      linear: what is differentiated is a linear function, of tangents (`Rule.on_tangents`).
     """
 
     table: Table
-    fallback: str | None = None
+    fallback: str | None = "registered"
     frugal: bool = False
     looped: bool = False
+    linear: bool = False
 
     def site(self, eqn, active, path):
         scope = "/".join(p for p in (path, jc.scope(eqn)) if p)
@@ -126,9 +128,9 @@ class Engine(NamedTuple):
         site = Site(eqn, scope, active, self)
         if arguments is not None:
             site.params = arguments
-        if rule is None and self.fallback == "jax":
-            rule = FALLBACK
-        return site, rule
+        if rule is None:
+            rule = fallback_rule(eqn.primitive, self.fallback)
+        return site, rule.on_tangents() if rule and self.linear else rule
 
     def shared_path(self, path):
         """The path as a part of cache keys: it matters only to tables with scoped overrides."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import jax
+from jax import vjp as jax_vjp  # at import: who replaces `jax.vjp` by ours must not meet it here
 
 from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
 from fbprop.core.rule import Rule, Step
 
+FALLBACKS = ("registered", "jax", None)
+
 
 class Fallback(Rule):
-    """``fallback="jax"``: JAX differentiates the one equation that has no rule."""
+    """JAX differentiates the one equation that has no rule, as its primitive was registered."""
 
     takes_zeros = True
+
+    def keeps(self):
+        return "what JAX keeps"
 
     def prepare(self, site):
         return jax_step(site)
@@ -30,7 +35,7 @@ def jax_step(site) -> Step:
             outs = jc.bind(site.eqn, values)
             return [o for o, w in zip(outs, site.wanted) if w], outs
 
-        _, pullback, outs = jax.vjp(call, *(operands[i] for i in moving), has_aux=True)
+        _, pullback, outs = jax_vjp(call, *(operands[i] for i in moving), has_aux=True)
         return outs, pullback
 
     def backward(_, pullback, douts):
@@ -46,4 +51,17 @@ def jax_step(site) -> Step:
     return Step((), backward, forward)
 
 
-FALLBACK = Fallback("fallback", "y = f(x);  x̄ by jax.vjp of this one equation")
+FALLBACK = Fallback("jax.vjp", "y = f(x);  x̄ by jax.vjp of this one equation")
+
+
+def fallback_rule(primitive, fallback) -> Rule | None:
+    """The rule of a primitive that the table lacks.
+
+    Args:
+      fallback: "registered": for primitives of other packages that registered a derivative in JAX;
+        "jax": for all; None: for none.
+    """
+    registered = jc.is_of_another_package(primitive) and jc.has_derivative(primitive)
+    if fallback == "jax" or (fallback == "registered" and registered):
+        return FALLBACK
+    return None

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 
 import jax
 import jaxlib
@@ -91,6 +92,20 @@ def written(atoms, effects):
     """Mutable references (`jax.new_ref`) among these inputs, if they may be written to."""
     writes = any(type(e).__name__ in ("WriteEffect", "AccumEffect") for e in effects)
     return [v for v in atoms if writes and hasattr(v.aval, "inner_aval")]
+
+
+@functools.cache
+def is_of_another_package(primitive):
+    """Whether a primitive is not JAX's own: those are all held by a module of JAX."""
+    modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == "jax"]
+    return not any(x is primitive for m in modules for x in list(vars(m).values()))
+
+
+def has_derivative(primitive):
+    """Whether a derivative of a primitive is registered in JAX."""
+    from jax.interpreters import ad
+
+    return primitive in ad.primitive_jvps
 
 
 @functools.cache

@@ -162,14 +162,15 @@ def _same_call(eqn, other):
 
 
 @functools.lru_cache(512)
-def jvp_jaxpr(eqn):
+def jvp_jaxpr(eqn, active):
     """A ``custom_jvp_call``'s own derivative: jaxpr of ``(operands, tangents) -> (ys, tangents)``.
 
-    Tangents are those of the operands and results that have one; the user's rule runs through
-    public `jax.jvp`, which calls it and does nothing else to a single such equation.
+    Tangents are those of the active operands and of the results that have one: a rule that asks
+    for ``symbolic_zeros`` sees which operands do not move. The user's rule runs through public
+    `jax.jvp`, which calls it and does nothing else to a single such equation.
     """
     avals = tuple(v.aval for v in eqn.invars)
-    moving = [i for i, a in enumerate(avals) if differentiable(a)]
+    moving = [i for i, a in enumerate(active) if a]
 
     def jvp(operands, tangents):
         def call(*moved):

@@ -126,6 +126,10 @@ class Rule:
         """Which of several ways of computing it is taken here, and "" if there is one."""
         return ""
 
+    def on_tangents(self) -> Rule:
+        """The rule for the same equation where what is differentiated is a function of tangents."""
+        return self
+
     def prepare(self, site: Site) -> Step:
         raise NotImplementedError
 

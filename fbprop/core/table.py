@@ -13,7 +13,7 @@ import fnmatch
 from collections.abc import Mapping
 
 from fbprop.core import library
-from fbprop.core.jaxcompat import primitive_names
+from fbprop.core.jaxcompat import has_derivative, primitive_names
 from fbprop.core.outline import outlined
 from fbprop.core.rule import Rule, Site
 
@@ -24,11 +24,13 @@ class MissingRule(NotImplementedError):
     def __init__(self, site: Site):
         operand = next(i for i, a in enumerate(site.active) if a)
         aval = site.in_avals[operand]
+        way_out = "or pass fallback='jax' to let JAX differentiate this primitive."
+        if not has_derivative(site.eqn.primitive):
+            way_out = "or wrap the call in jax.custom_vjp: JAX has no derivative of it either."
         super().__init__(
             f"Every primitive between input and loss needs a rule, got none for {site.name!r}, "
             f"operand {operand} ({aval.str_short()}){site.location()}: register one with "
-            f"fbprop.register(fbprop.rule({site.name!r}, ...)), or pass fallback='jax' to let JAX "
-            "differentiate this primitive."
+            f"fbprop.register(fbprop.rule({site.name!r}, ...)), {way_out}"
         )
 
 

@@ -41,7 +41,8 @@ class RangeTest(NamedTuple):
 def find_learning_rate(loss: Callable, params, data, *, optimizer: Callable = sgd,
                        lowest: float = 1e-6, highest: float = 10.0, steps: int = 100,
                        batch_size: int = 32, key: jax.Array | None = None, model_state=None,
-                       rules: Table | None = None, fallback: str | None = None) -> RangeTest:
+                       rules: Table | None = None,
+                       fallback: str | None = "registered") -> RangeTest:
     """Learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3).
 
     Trains a copy of ``params`` for ``steps`` steps on random batches, in one dispatch, while the

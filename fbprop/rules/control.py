@@ -228,13 +228,19 @@ class CustomJVP(Call):
     def reached(self, site):
         return site.active
 
+    def on_tangents(self):
+        """What the function computes: of a linear function the derivative is the function.
+
+        So a rule may call its own function on the tangents, and JAX does the same.
+        """
+        return ON_TANGENTS
+
     def halves(self, site):
-        moving = tuple(a for a, v in zip(site.active, site.in_avals) if jc.differentiable(v))
         wanted = tuple(w for w, v in zip(site.wanted, site.out_avals) if jc.differentiable(v))
         return halves(
-            site.engine,
-            jvp_jaxpr(site.eqn),
-            (False,) * len(site.in_avals) + moving,
+            site.engine._replace(linear=True),
+            jvp_jaxpr(site.eqn, site.active),
+            (False,) * len(site.in_avals) + (True,) * sum(site.active),
             (False,) * len(site.out_avals) + wanted,
             site.path,
         )
@@ -244,7 +250,11 @@ class CustomJVP(Call):
         n, n_out = len(site.in_avals), len(site.out_avals)
         tangents = jc.in_avals(both.body)[n:]
         results = [i for i, a in enumerate(site.out_avals) if jc.differentiable(a)]
-        moving = [i for i, a in enumerate(site.in_avals) if jc.differentiable(a)]
+        moving = [i for i, a in enumerate(site.active) if a]
+        types = [*jc.in_avals(both.body), *jc.out_avals(both.body)]
+        primal = [*range(n), *[None] * len(tangents), *range(n, n + n_out)]
+        primal += [None] * (len(types) - len(primal))
+        borrowed = [(primal[i], types[i]) for i in both.borrowed()]
 
         def forward(*operands):
             zeros = [ct.dense(ct.ZERO, a) for a in tangents]
@@ -252,15 +262,17 @@ class CustomJVP(Call):
             return values[:n_out], values[n_out:]
 
         def backward(kept, new, douts):
+            # A tangent that some rule keeps without need is 0, as it was in the forward.
+            kept = iter(kept)
+            at = [ct.dense(ct.ZERO, a) if i is None else next(kept) for i, a in borrowed]
             dots = [douts[i] for i in results]
-            dins = both.backward(both.leaves(kept, new), [ct.ZERO] * n_out + dots)
+            dins = both.backward(both.leaves(at, new), [ct.ZERO] * n_out + dots)
             out = [None] * n
             for i, d in zip(moving, dins[n:]):
                 out[i] = d
             return out
 
-        # Linear in the tangents, so nothing kept is a tangent: the indices skip over them.
-        keep = tuple(i if i < n else i - len(tangents) for i in both.borrowed())
+        keep = tuple(i for i, _ in borrowed if i is not None)
         return Step(keep, backward, forward, inner=(both,))
 
 
@@ -275,6 +287,8 @@ class Custom(Rule):
     def prepare(self, site):
         return jax_step(site)
 
+
+ON_TANGENTS = Call("custom_jvp_call", "y = f(x), linear;  x̄ = fᵀ(ȳ)")
 
 RULES = [
     Jit("jit", "y = f(x) compiled;  x̄ = fᵀ(ȳ) compiled"),

@@ -35,11 +35,13 @@ class Remat(Call):
     def prepare(self, site):
         both = self.halves(site)
         flat = inlined(both.body)
-        atom = dict(zip(jc.open_jaxpr(both.body).outvars, jc.open_jaxpr(flat).outvars))
-        outs, n = [atom[v] for v in both.outs], len(site.in_avals)
+        pairs = zip(jc.open_jaxpr(both.body).outvars, jc.open_jaxpr(flat).outvars)
+        same = {v: w for v, w in pairs if jc.is_var(v)}
+        atom = lambda v: same[v] if jc.is_var(v) else v  # a literal is itself
+        outs, n = [*map(atom, both.outs)], len(site.in_avals)
         # Results that the backward pass asks for are computed again like everything else.
         results = [i for i in both.borrowed() if i >= n]
-        want = [*(atom[v] for v in both.new), *(outs[i - n] for i in results)]
+        want = [*map(atom, both.new), *(outs[i - n] for i in results)]
         saving = Saving(flat, site.params["policy"], want)
         keep = saving.inputs([i for i in both.borrowed() if i < n])
         tied = _prevented(site.params["prevent_cse"], n)

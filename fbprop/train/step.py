@@ -19,7 +19,7 @@ from fbprop.train.state import State, check_is_state
 
 
 def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
-         rules: Table | None = None, fallback: str | None = None) -> Callable:
+         rules: Table | None = None, fallback: str | None = "registered") -> Callable:
     """One jitted training step, ``(state, batch) -> (state, metrics)``.
 
     The gradient is `fbprop.value_and_grad`'s. The old state's buffers are donated: its arrays are
@@ -72,7 +72,7 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
 
 
 def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
-          rules: Table | None = None, fallback: str | None = None) -> Callable:
+          rules: Table | None = None, fallback: str | None = "registered") -> Callable:
     """Many training steps in one dispatch, ``(state, data, indices) -> (state, metrics)``.
 
     A `jax.lax.scan` over ``indices``: each step gathers its batch from data that stay on the
