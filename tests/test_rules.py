@@ -19,8 +19,10 @@ from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
 from fbprop.core.rule import Rule, Step
 
+# Of this scope, so that the tests of one row follow one another, and on one worker: they share
+# what was computed for it.
 by_case = pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.id, marks=pytest.mark.xdist_group(c.id)) for c in CASES]
+    "case", [pytest.param(c, id=c.id) for c in CASES], scope="module"
 )
 LOW = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
 FLOAT0 = jax.dtypes.float0
@@ -99,7 +101,7 @@ def low_precision(case, primals, cotangent, dtype):
     return ours(case, low, like(cotangent, jax.eval_shape(case.fun, *low)))
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(8)
 def results(case):
     """Every cotangent the checks look at, in one compilation."""
     given = (primals, _), _ = jax.tree.map(array, (operands(case), operands(case, 1)))
