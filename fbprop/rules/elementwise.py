@@ -42,6 +42,11 @@ def _from_result(name, math, by_result, by_operand):
     )
 
 
+def _exp(dy, out):
+    """0 at -inf also of an infinite cotangent, as the logarithm of a sum of nothing sends."""
+    return jnp.where(out == 0, jnp.zeros_like(dy), dy * out)
+
+
 def _abs(dy, x):
     if not _is_complex(x):
         return lax.select(x >= 0, dy, -dy)
@@ -102,8 +107,11 @@ def _broadcast(rule):
 
 
 EXPONENTIALS = [
-    elementwise("exp", "y = eˣ;  x̄ = ȳ y.  Keeps y.", lambda dy, out: dy * out),
-    elementwise("exp2", "y = 2ˣ;  x̄ = ȳ y ln 2.  Keeps y.", lambda dy, out: dy * (out * LN2)),
+    elementwise("exp", "y = eˣ;  x̄ = ȳ y, 0 where y = 0.  Keeps y.", _exp),
+    elementwise(
+        "exp2", "y = 2ˣ;  x̄ = ȳ y ln 2, 0 where y = 0.  Keeps y.",
+        lambda dy, out: _exp(dy, out) * LN2,
+    ),
     _from_result(
         "expm1", "y = eˣ − 1;  x̄ = ȳ (y + 1).  Keeps y.",
         lambda dy, y: dy * (y + 1), lambda dy, x: dy * lax.exp(x),
