@@ -1,5 +1,6 @@
 """What rules do where JAX has no derivative to compare a row with: errors, and wider support."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,27 @@ from fbprop.check import compare
 GROUPS = jnp.array([3, 4], jnp.int32)
 
 
-def test_repeated_products_have_no_cotangent_of_the_updates():
-    with pytest.raises(NotImplementedError, match="unique_indices=False expected True"):
-        fbprop.grad(lambda u: jnp.sum(jnp.ones(3).at[jnp.array([0, 0])].multiply(u)))(jnp.ones(2))
+@pytest.mark.parametrize("shape", [(6,), (6, 2)])
+def test_products_at_repeated_indices(shape, x64):
+    """Each update gets the product of all others at its place, also where some are 0."""
+    rng = np.random.default_rng(0)
+    x, u = jnp.asarray(rng.standard_normal((4, *shape[1:]))), jnp.asarray(rng.standard_normal(shape))
+    u = u.at[1].set(0)
+    indices = jnp.array([2, 0, 2, 7, 2, 0])  # 7 is out of bounds and dropped
+    weights = jnp.asarray(rng.standard_normal(x.shape))
+
+    def scattered(x, u):
+        return jnp.sum(weights * x.at[indices].multiply(u) ** 2)
+
+    def multiplied(x, u):
+        rows = [jnp.prod(u[np.flatnonzero(indices == i)], axis=0) for i in range(4)]
+        return jnp.sum(weights * (x * jnp.stack(rows)) ** 2)
+
+    got = fbprop.grad(scattered, argnums=(0, 1))(x, u)
+    chex.assert_trees_all_close(got, jax.grad(multiplied, argnums=(0, 1))(x, u), rtol=1e-12)
+    second = fbprop.grad(lambda u: jnp.sum(fbprop.grad(scattered, argnums=1)(x, u)))(u)
+    expected = jax.grad(lambda u: jnp.sum(jax.grad(multiplied, argnums=1)(x, u)))(u)
+    chex.assert_trees_all_close(second, expected, rtol=1e-12)
 
 
 def test_scatter_of_a_function_has_no_derivative():

@@ -15,34 +15,144 @@ def masked_entropy(x):
     return -jnp.sum(jax.scipy.special.xlogy(p, p))
 
 
+def total(fun):
+    return lambda x: jnp.sum(fun(x))
+
+
+def of_two(fun):
+    return lambda x: fun(x[0], x[1])
+
+
+def products(x):
+    return jnp.dot(jax.ops.segment_prod(x, jnp.array([0, 0, 1, 1, 1]), 2), jnp.array([1, 10], x.dtype))
+
+
 CASES = {
     "logsumexp of nothing": (jax.nn.logsumexp, [-INF, -INF], [0, 0]),
     "logsumexp with nothing": (jax.nn.logsumexp, [-INF, 1.0], [0, 1]),
-    "gelu, large": (lambda x: jnp.sum(jax.nn.gelu(x)), [6e4, 300.0, -300.0, -6e4], [1, 1, 0, 0]),
-    "gelu, infinite": (lambda x: jnp.sum(jax.nn.gelu(x)), [INF], [1]),
-    "gelu by erf, large": (
-        lambda x: jnp.sum(jax.nn.gelu(x, approximate=False)), [6e4, -300.0], [1, 0]
-    ),
+    "logaddexp of nothing": (of_two(jnp.logaddexp), [-INF, -INF], [0, 0]),
+    "logaddexp with nothing": (of_two(jnp.logaddexp), [-INF, 1.0], [0, 1]),
+    "logaddexp of all": (of_two(jnp.logaddexp), [INF, 1.0], [1, 0]),
+    "logaddexp with a number": (lambda x: jnp.logaddexp(x[0], -INF), [-INF], [0]),
+    "logaddexp2 of nothing": (of_two(jnp.logaddexp2), [-INF, -INF], [0, 0]),
+    "logaddexp2 with nothing": (of_two(jnp.logaddexp2), [2.0, -INF], [1, 0]),
+    "cumlogsumexp of nothing": (total(jax.lax.cumlogsumexp), [-INF, -INF, -INF], [0, 0, 0]),
+    "cumlogsumexp with nothing": (total(jax.lax.cumlogsumexp), [-INF, 1.0, -INF], [0, 2, 0]),
     "masked entropy": (masked_entropy, [-INF, 1.0, 1.0], [0, 0, 0]),
     "log of exp of nothing": (lambda x: jnp.log(jnp.sum(jnp.exp(x))), [-INF], [0]),
+    "gelu, large": (total(jax.nn.gelu), [6e4, 300.0, -300.0, -6e4], [1, 1, 0, 0]),
+    "gelu, infinite": (total(jax.nn.gelu), [INF, -INF], [1, 0]),
+    "gelu by erf, large": (total(lambda x: jax.nn.gelu(x, False)), [6e4, -300.0, INF], [1, 0, 1]),
+    "silu, infinite": (total(jax.nn.silu), [INF, -INF], [1, 0]),
+    "hypot, infinite": (of_two(jnp.hypot), [INF, 1.0], [1, 0]),
+    "segment_prod, one zero": (products, [0.0, 2.0, 3.0, 4.0, 5.0], [2, 0, 200, 150, 120]),
+    "segment_prod, two zeros": (products, [0.0, 0.0, 0.0, 4.0, 0.0], [0, 0, 0, 0, 0]),
+    "scatter_mul": (lambda u: jnp.ones(2, u.dtype).at[jnp.array([1, 1, 0])].mul(u).sum(), [0.0, 3.0, 0.0],
+                    [3, 0, 1]),
+    "xlogy(0, 0)": (lambda a: jax.scipy.special.xlogy(0.0, a[0]), [0.0], [0]),
+    "xlog1py(0, -1)": (lambda a: jax.scipy.special.xlog1py(0.0, a[0]), [-1.0], [0]),
+    "gammainc at 0": (total(lambda x: jax.scipy.special.gammainc(1.0, x)), [0.0, INF], [1, 0]),
+    "gammaincc at 0": (total(lambda x: jax.scipy.special.gammaincc(1.0, x)), [0.0], [-1]),
+    "betainc at 0": (total(lambda x: jax.scipy.special.betainc(1.0, 2.0, x)), [0.0, 1.0], [2, 0]),
+    "betainc at 1": (total(lambda x: jax.scipy.special.betainc(2.0, 1.0, x)), [0.0, 1.0], [0, 2]),
 }
 WIDE = {  # beyond float16
-    "atan2, large": (lambda x: jnp.arctan2(x[0], x[1]), [1e25, 1e25], [5e-26, -5e-26]),
-    "atan2, small": (lambda x: jnp.arctan2(x[0], x[1]), [1e-25, 1e-25], [5e24, -5e24]),
+    "atan2, large": (of_two(jnp.arctan2), [1e25, 1e25], [5e-26, -5e-26]),
+    "atan2, small": (of_two(jnp.arctan2), [1e-25, 1e-25], [5e24, -5e24]),
+    "hypot, large": (of_two(jnp.hypot), [3e25, 4e25], [0.6, 0.8]),
+    "hypot, small": (of_two(jnp.hypot), [3e-25, 4e-25], [0.6, 0.8]),
+    "abs, large": (lambda x: abs(jax.lax.complex(x[0], x[1])), [3e25, 4e25], [0.6, 0.8]),
+    "abs, small": (lambda x: abs(jax.lax.complex(x[0], x[1])), [3e-25, 4e-25], [0.6, 0.8]),
+    "abs, infinite": (lambda x: abs(jax.lax.complex(x[0], x[1])), [-INF, 4.0], [-1, 0]),
+    "log_ndtr, far out": (total(jax.scipy.special.log_ndtr), [-1e4, 1e4], [1e4, 0]),
 }
+NOT_IN_16_BITS = ("betainc", "gammainc", "abs", "log_ndtr")  # jax has neither complex nor others
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", [*CASES, *WIDE])
 def test_derivative_exists(name, dtype, x64):
     fun, x, expected = {**CASES, **WIDE}[name]
-    if name in WIDE and dtype == "float16":
+    if (name in WIDE and dtype == "float16") or (
+        dtype in ("float16", "bfloat16") and name.startswith(NOT_IN_16_BITS)
+    ):
         dtype = "float32"
     tolerance = 1e-2 if jnp.dtype(dtype).itemsize == 2 else 1e-5
     x = jnp.asarray(x, dtype)
     for gradient in (fbprop.grad(fun), jax.jit(fbprop.grad(fun))):
         got = np.asarray(gradient(x), "float64")
         np.testing.assert_allclose(got, expected, rtol=tolerance, atol=0)
+
+
+def eigh_parts(f):
+    def rebuilt(a):
+        w, v = jnp.linalg.eigh(a)
+        return (v * f(w).astype(v.dtype)) @ v.conj().T
+
+    return rebuilt
+
+
+def put_together(a):
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    return (u * s.astype(u.dtype)) @ vt
+
+
+def orthogonal(n, dtype, seed):
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((n, n))
+    return np.linalg.qr(q + 1j * rng.standard_normal((n, n)) if dtype[0] == "c" else q)[0]
+
+
+def spectra(n):
+    return {"all": np.full(n, 2.0), "two": np.r_[1.0, 1.0, np.arange(3.0, n + 1)],
+            "pairs": np.repeat([0.5, 3.0], n // 2)}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
+@pytest.mark.parametrize("which", ["all", "two", "pairs"])
+@pytest.mark.parametrize("f", [lambda w: w, lambda w: w**3 - w, jnp.exp, jnp.ones_like])
+def test_functions_of_a_matrix_with_equal_eigenvalues(f, which, dtype, x64):
+    """By Daleckii and Krein: Γ times the divided differences of f, f' at equal values."""
+    n, values = 4, spectra(4)[which]
+    q, g = (orthogonal(n, dtype, seed) for seed in range(2))
+    a = jnp.asarray((q * values) @ q.conj().T, dtype)
+    gaps = values[:, None] - values
+    slope = np.asarray(jax.vmap(jax.grad(lambda w: f(w)))(jnp.asarray(values)))
+    equal = gaps == 0
+    divided = np.where(equal, slope[:, None],
+                       (f(values)[:, None] - f(values)) / np.where(equal, 1, gaps))
+    g_h = (g + g.conj().T) / 2
+    expected = q @ (divided * (q.conj().T @ g_h @ q)) @ q.conj().T
+    weights = jnp.asarray(g.conj(), dtype)
+    got = fbprop.grad(lambda a: jnp.sum(eigh_parts(f)(a) * weights).real)(a)
+    tolerance = 1e-4 if dtype == "float32" else 1e-9
+    np.testing.assert_allclose(got, expected.conj(), atol=tolerance * (1 + np.abs(slope).max()))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4), (4, 6)])
+@pytest.mark.parametrize("which", ["all", "two", "pairs"])
+def test_a_matrix_put_together_of_equal_singular_values(which, shape, dtype, x64):
+    m, n = shape
+    u, v, g = (orthogonal(6, dtype, seed) for seed in range(3))
+    a = jnp.asarray((u[:m, :4] * spectra(4)[which]) @ v[:4, :n], dtype)
+    weights = jnp.asarray(g[:m, :n].conj(), dtype)
+    got = fbprop.grad(lambda a: jnp.sum(put_together(a) * weights).real)(a)
+    np.testing.assert_allclose(got, weights, atol=1e-4 if dtype == "float32" else 1e-9)
+
+
+def test_what_has_no_derivative_at_equal_values_is_not_a_number(x64):
+    weights = jnp.arange(9.0).reshape(3, 3)
+
+    def two_functions(a):
+        w, v = jnp.linalg.eigh(a)
+        return jnp.sum((v * jnp.exp(w)) @ v.T * weights**2 + (v * jnp.sin(w)) @ v.T * weights)
+
+    def one_vector(a):
+        return jnp.dot(jnp.linalg.eigh(a)[1][:, 0], weights[0])
+
+    for fun in (two_functions, one_vector):
+        assert not np.isfinite(fbprop.grad(fun)(jnp.eye(3))).all()
 
 
 @pytest.mark.parametrize("fun", [jnp.var, jnp.std, lambda x: jnp.var(x, ddof=1)])

@@ -108,11 +108,12 @@ def unbroadcast(ct, shape):
     """``ct`` summed over the dimensions along which ``shape`` was broadcast, if it was."""
     if shape == ():
         return jnp.sum(ct)
-    got = jnp.shape(ct)
-    if len(got) != len(shape) or any(s not in (1, g) for s, g in zip(shape, got)):
+    got, added = jnp.shape(ct), jnp.ndim(ct) - len(shape)
+    if added < 0 or any(s not in (1, g) for s, g in zip(shape, got[added:])):
         return ct
-    axes = tuple(i for i, (s, g) in enumerate(zip(shape, got)) if s == 1 and g != 1)
-    return jnp.sum(ct, axes, keepdims=True)
+    axes = tuple(i for i, g in enumerate(got) if i < added or (shape[i - added] == 1 and g != 1))
+    ct = jnp.sum(ct, axes, keepdims=True)
+    return lax.squeeze(ct, tuple(range(added)))
 
 
 def _mixes_types(site, aval, dtype):

@@ -46,8 +46,9 @@ def identify(eqn, functions: Mapping[str, list[str]]) -> tuple[str | None, dict 
     if eqn.primitive.name not in CALLS:
         return None, None
     for dotted in functions.get(call_name(eqn).lstrip("_"), ()):
-        types = tuple(v.aval for v in eqn.invars if is_var(v))
-        literals = [v.val for v in eqn.invars if not is_var(v)]
+        n = arity(dotted)
+        types = tuple(v.aval for v in eqn.invars[:n])
+        literals = [v.val for v in eqn.invars[n:] if not is_var(v)]
         for arguments in candidates(dotted, _body(eqn).eqns, types, eqn.outvars[0], literals):
             if _same_call(eqn, reference(dotted, types, arguments)):
                 return dotted, dict(arguments)
@@ -70,7 +71,7 @@ def candidates(dotted, eqns, types, result, literals=()):
 
     Args:
       dotted: the function's name; eqns: what it may have been traced to.
-      types, literals: of the operands that are variables, and the others; result: a variable.
+      types: of its operands; literals: what else it was given; result: a variable.
     """
     # Only real numbers: the rules say nothing of conjugates.
     if not types or not jnp.issubdtype(types[0].dtype, jnp.floating):
@@ -113,8 +114,23 @@ def parts(dotted: str) -> frozenset[str]:
     """Names of the primitives a library function consists of; none if it has its own derivative."""
     if not exists(dotted):
         return frozenset()
-    eqns = open_jaxpr(jax.make_jaxpr(resolve(dotted))(jax.ShapeDtypeStruct((2, 2), "float32"))).eqns
-    return frozenset(_primitives(eqns))
+    return frozenset(_primitives(traced(resolve(dotted), dotted, "float32")))
+
+
+def traced(fun, dotted, dtype):
+    """Equations of a library function, of matrices as its operands."""
+    matrix = jax.ShapeDtypeStruct((2, 2), dtype)
+    return open_jaxpr(jax.make_jaxpr(fun)(*[matrix] * arity(dotted))).eqns
+
+
+@functools.cache
+def arity(dotted: str) -> int:
+    """How many operands a library function has: the parameters that have to be given."""
+    fun = resolve(dotted)
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    given = [p for p in inspect.signature(fun).parameters.values()
+             if p.kind in by_position and p.default is p.empty]
+    return getattr(fun, "nin", len(given))  # a universal function takes ``*args``
 
 
 def _primitives(eqns):

@@ -8,11 +8,10 @@ is computed on the way, one call takes their place, for which the table may have
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Mapping
-
-import jax
 
 from fbprop.core.jaxcompat import is_var, open_jaxpr, with_equations
 from fbprop.core.library import (
@@ -24,6 +23,7 @@ from fbprop.core.library import (
     reference,
     resolve,
     same_equation,
+    traced,
 )
 
 # Equations that may stand between two of a function's. JAX traces a call without interruption; what
@@ -69,8 +69,8 @@ def _traces(dotted):
         ("float32", "bfloat16"), argument_sets(dotted, axis=[0], keepdims=[False, True])
     ):
         fun = functools.partial(resolve(dotted), **dict(options))
-        traced = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((2, 2), dtype))
-        found[tuple(map(_kind, open_jaxpr(traced).eqns))] = None
+        with contextlib.suppress(TypeError):  # not every function takes bfloat16
+            found[tuple(map(_kind, traced(fun, dotted, dtype)))] = None
     return [kinds for kinds in found if len(kinds) > 1]
 
 

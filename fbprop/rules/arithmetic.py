@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core.rule import broadcasting, elementwise, linear, no_gradient, pair
+from fbprop.rules.direction import over_squares
 
 
 def _times(dy, other):
@@ -43,16 +44,6 @@ def _pow_base(dy, x, n):
     """ȳ n xⁿ⁻¹, with 0 for n = 0 so that x = 0 gives 0 and not 0·∞."""
     n = lax.convert_element_type(n, x.dtype)
     return jnp.where(n == 0, 0, dy * n * lax.pow(x, jnp.where(n == 0, 1, n - 1).astype(x.dtype)))
-
-
-def _over_squares(x, y):
-    """x / (x² + y²), to the ends of what the dtype can hold.
-
-    Times 1 / size: XLA makes one division of two, and with it the square that is to be avoided.
-    """
-    scale = 1 / jnp.maximum(jnp.abs(x), jnp.abs(y))
-    x, y = x * scale, y * scale
-    return x / (x * x + y * y) * scale
 
 
 def _integer_pow(dy, x, *, y):
@@ -95,10 +86,10 @@ RULES = [
         a=lambda dy: dy, b=lambda dy, a, b: -dy * lax.round(_trunc(a / b)),
     ),
     broadcasting(
-        "atan2", "y = atan2(a, b);  ā = ȳ b / (a² + b²), b̄ = −ȳ a / (a² + b²), a and b divided by "
-        "the larger one first.  Keeps a and b.",
-        a=lambda dy, a, b: dy * _over_squares(b, a),
-        b=lambda dy, a, b: -dy * _over_squares(a, b),
+        "atan2",
+        "y = atan2(a, b);  ā = ȳ b / (a² + b²), b̄ = −ȳ a / (a² + b²), 0 where either is infinite, "
+        "nan at (0, 0).  Keeps a and b.",
+        a=lambda dy, a, b: dy * over_squares(b, a), b=lambda dy, a, b: -dy * over_squares(a, b),
     ),
     elementwise(
         "integer_pow", "y = xⁿ, n a static integer;  x̄ = ȳ n xⁿ⁻¹.  Keeps x.", _integer_pow

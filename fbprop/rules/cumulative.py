@@ -53,16 +53,23 @@ def _extremum_pull(d, a, b, out):
     return d * share(a, b).astype(d.dtype), d * share(b, a).astype(d.dtype)
 
 
+def below(a, out):
+    """a − y for a term of y = log(exp a + exp b + ...): −∞ if all are, 0 if a is +∞."""
+    infinite = lax.abs(out) == jnp.inf
+    return jnp.where(infinite, jnp.where(a == jnp.inf, 0, -jnp.inf), a - out)
+
+
 def _logaddexp_pull(d, a, b, out):
-    a, b, out = (jnp.where(v == jnp.inf, jnp.zeros_like(v), v) for v in (a, b, out))
-    return d * jnp.exp(a - out), d * jnp.exp(b - out)
+    return d * jnp.exp(below(a, out)), d * jnp.exp(below(b, out))
 
 
 class TreeScan(Pullbacks):
     """A running `combine`, forward by the same tree: the primitive takes up to 7 times as long."""
 
-    def __init__(self, name, math, combine, pull):
+    def __init__(self, name, math, combine, pull, flat=None):
         def pullback(dy, x, out, *, axis, reverse):
+            if flat is not None:
+                dy = lax.select(out == flat, lax.full_like(dy, 0), dy)
             turn = lambda a: lax.rev(a, (axis,)) if reverse else a
             return turn(_unscan(turn(dy), turn(x), turn(out), axis, combine, pull))
 
@@ -97,7 +104,8 @@ RULES = [
     ),
     TreeScan(
         "cumlogsumexp",
-        "yᵢ = log(exp yᵢ₋₁ + exp xᵢ);  x̄ by the tree, weights exp(a − y) ≤ 1.  Keeps x and y.",
-        jnp.logaddexp, _logaddexp_pull,
+        "yᵢ = log(exp yᵢ₋₁ + exp xᵢ);  x̄ by the tree, weights exp(a − y) ≤ 1, 0 where y = −∞.  "
+        "Keeps x and y.",
+        jnp.logaddexp, _logaddexp_pull, flat=-jnp.inf,
     ),
 ]

@@ -14,6 +14,7 @@ from jax import lax
 
 from fbprop.core import cotangent as ct
 from fbprop.core.rule import Pullbacks, broadcasting, elementwise, linear, no_gradient, pair
+from fbprop.rules.direction import direction
 
 LN2 = math.log(2)
 
@@ -25,6 +26,15 @@ def _is_complex(x):
 def _one_minus_square(x):
     """1 − x² as a product: near |x| = 1 the square would have lost half of the digits."""
     return (1 - x) * (1 + x)
+
+
+def vanishing(dy, slope):
+    """ȳ times a slope; 0 where that is 0, even of an infinite ȳ or nan.
+
+    What has underflowed passes nothing on: the entropy of a probability that is 0 has an infinite
+    slope in it, and none in what the probability is made of.
+    """
+    return lax.select(slope == 0, lax.full_like(dy, 0), dy) * slope
 
 
 def _from_result(name, math, by_result, by_operand):
@@ -42,17 +52,11 @@ def _from_result(name, math, by_result, by_operand):
     )
 
 
-def _exp(dy, out):
-    """0 at -inf also of an infinite cotangent, as the logarithm of a sum of nothing sends."""
-    return jnp.where(out == 0, jnp.zeros_like(dy), dy * out)
-
-
 def _abs(dy, x):
     if not _is_complex(x):
         return lax.select(x >= 0, dy, -dy)
-    size = lax.abs(x)
-    scaled = dy / jnp.where(size == 0, 1, size)
-    return lax.complex(scaled * lax.real(x), -scaled * lax.imag(x))
+    cosine, sine = direction(lax.real(x), lax.imag(x))
+    return lax.complex(dy * cosine, -dy * sine)
 
 
 def _asinh(dy, x):
@@ -107,10 +111,13 @@ def _broadcast(rule):
 
 
 EXPONENTIALS = [
-    elementwise("exp", "y = eˣ;  x̄ = ȳ y, 0 where y = 0.  Keeps y.", _exp),
     elementwise(
-        "exp2", "y = 2ˣ;  x̄ = ȳ y ln 2, 0 where y = 0.  Keeps y.",
-        lambda dy, out: _exp(dy, out) * LN2,
+        "exp", "y = eˣ;  x̄ = ȳ y, 0 where y = 0, even of an infinite ȳ.  Keeps y.",
+        lambda dy, out: vanishing(dy, out),
+    ),
+    elementwise(
+        "exp2", "y = 2ˣ;  x̄ = ȳ y ln 2, 0 where y = 0, even of an infinite ȳ.  Keeps y.",
+        lambda dy, out: vanishing(dy, out * LN2),
     ),
     _from_result(
         "expm1", "y = eˣ − 1;  x̄ = ȳ (y + 1).  Keeps y.",
@@ -125,9 +132,10 @@ EXPONENTIALS = [
         lambda dy, x: dy * (4 * lax.logistic(2 * x) * lax.logistic(-2 * x)),
     ),
     _from_result(
-        "logistic", "y = 1 / (1 + e⁻ˣ);  x̄ = ȳ y (1 − y).  Keeps y.",
-        lambda dy, y: dy * (y * (1 - y)),
-        lambda dy, x: dy * (lax.logistic(x) * lax.logistic(-x)),
+        "logistic",
+        "y = 1 / (1 + e⁻ˣ);  x̄ = ȳ y (1 − y), where y is 0 or 1 even 0 of an infinite ȳ.  Keeps y.",
+        lambda dy, y: vanishing(dy, y * (1 - y)),
+        lambda dy, x: vanishing(dy, lax.logistic(x) * lax.logistic(-x)),
     ),
 ]
 
@@ -200,8 +208,8 @@ POWERS = [
 STEPS = [
     elementwise(
         "abs",
-        "y = |x|;  x̄ = ȳ where x ≥ 0, −ȳ elsewhere; complex: x̄ = ȳ conj(x) / |x|, 0 at x = 0.  "
-        "Keeps x.  Kink x = 0: slope 1.",
+        "y = |x|;  x̄ = ȳ where x ≥ 0, −ȳ elsewhere; complex: x̄ = ȳ conj(x) / |x|, 0 at x = 0, its "
+        "limit where a part of x is infinite.  Keeps x.  Kink x = 0: slope 1.",
         _abs,
     ),
     _Sign(

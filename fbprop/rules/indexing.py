@@ -98,8 +98,10 @@ def _indices_for_updates(site):
 
 
 def _multiplied_keep(site):
-    """x̄ needs the updates, the updates' needs x, both the indices."""
-    return [i for i, r in enumerate((site.reached[2], True, site.reached[0])) if r]
+    """x̄ needs the updates, ū needs x, and the updates if several may meet; both the indices."""
+    du = site.reached[2]
+    updates = site.reached[0] or (du and not site.params["unique_indices"])
+    return [i for i, r in enumerate((du, True, updates)) if r]
 
 
 def _multiplied(site, kept, dy):
@@ -108,14 +110,39 @@ def _multiplied(site, kept, dy):
     if site.reached[0]:
         dx = _scatter(lax.scatter_mul, dy, indices, updates, site.params)
     if site.reached[2]:
+        shape = site.in_avals[2].shape
+        du = _gather_windows(dy * x, indices, shape, site.params, fill=0)
         if not site.params["unique_indices"]:
-            raise NotImplementedError(
-                "The cotangent of a scatter-mul's updates is defined where no element is "
-                f"multiplied twice, got unique_indices=False expected True{site.location()}: pass "
-                "unique_indices=True, or multiply repeated updates together before."
-            )
-        du = _gather_windows(dy * x, indices, site.in_avals[2].shape, site.params, fill=0)
+            places = lax.iota(jnp.int32, x.size).reshape(x.shape)
+            places = _gather_windows(places, indices, shape, site.params, fill=-1)
+            du = du * _product_of_others(updates, places)
     return dx, None, du
+
+
+def _product_of_others(values, places):
+    """Per element, the product of the others at the same place: nothing is divided by.
+
+    In the order of their places: those before it in its run, times those after it.
+    """
+    flat = places.reshape(-1)
+    order = jnp.argsort(flat)
+    at, sorted_values = flat[order], values.reshape(-1)[order]
+    before = _running_product(at, sorted_values)
+    after = _running_product(at[::-1], sorted_values[::-1])[::-1]
+    back = jnp.zeros_like(order).at[order].set(lax.iota(order.dtype, order.size))
+    return (before * after)[back].reshape(values.shape)
+
+
+def _running_product(at, values):
+    """Products of what stands before each element in a run of equal places."""
+    starts = jnp.concatenate([jnp.ones(1, bool), at[1:] != at[:-1]])[:at.size]
+    one = jnp.ones_like(values)
+    earlier = jnp.where(starts, one, jnp.concatenate([one[:1], values[:-1]]))
+
+    def combine(a, b):
+        return a[0] | b[0], jnp.where(b[0], b[1], a[1] * b[1])
+
+    return lax.associative_scan(combine, (starts, earlier))[1]
 
 
 def _extremum(site, kept, dy):
@@ -221,7 +248,8 @@ RULES = [
     ),
     pair(
         "scatter-mul", "y = x, multiplied by updates at indices;  x̄ = ȳ likewise multiplied, ū = "
-        "ȳ x at indices, if none repeats. Keeps indices, updates for x̄, x for ū.",
+        "ȳ x at indices, times the other updates there, if indices repeat. Keeps indices, updates "
+        "for x̄, x for ū, and updates for ū if indices may repeat.",
         _multiplied, keep=_multiplied_keep, keeps="indices; updates for x, x for updates",
     ),
     *(

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core.factored import Rows
-from fbprop.core.rule import Rule, Step, elementwise, rule
+from fbprop.core.rule import Rule, Step, broadcasting, elementwise, rule
+from fbprop.rules.cumulative import below
+from fbprop.rules.direction import direction
 
 FAR = 40.0  # from here on Φ is 0 or 1 in float64
 GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # of jax.nn.gelu(approximate=True)
@@ -40,12 +42,13 @@ def _gelu(dy, x, *, approximate):
 
 def _silu(dy, x):
     s = lax.logistic(x)
+    x = jnp.clip(x, -1000, 1000)  # there σ is 0 or 1 in every precision, and ∞ · 0 is nan
     return dy * (s * (1 + x * (1 - s)))
 
 
 def _softmax(dy, out, *, axis):
     # What is 0 has no slope, whatever reaches it: of -inf among x, the cotangent may be infinite.
-    dy = jnp.where(out == 0, jnp.zeros_like(dy), dy)
+    dy = lax.select(out == 0, lax.full_like(dy, 0), dy)
     # Minus before the sum: XLA CPU has a fused form of a difference with a sum, 1.1 times as slow.
     return out * (dy + -jnp.sum(dy * out, axis, keepdims=True))
 
@@ -59,6 +62,31 @@ def _var(dy, x, *, axis, keepdims, ddof):
     # Once more, for what rounding left in the mean: of numbers around 10⁴ it is 3e-6 of x̄.
     centred = centred - jnp.mean(centred, axes, keepdims=True)
     return (centred * (dy * (2 / n))).astype(x.dtype)
+
+
+def _hypot(dy, mine, other):
+    """JAX's value at (0, 0), a kink."""
+    at_zero = (mine == 0) & (other == 0)
+    return dy * jnp.where(at_zero, 0.5, direction(mine, other)[0])
+
+
+def _log_slope(x, a):
+    """x / a, 0 where both are 0."""
+    nothing = (x == 0) & (a == 0)
+    return x / jnp.where(nothing, 1, a)
+
+
+def _log_ndtr(dy, x, out):
+    """φ / Φ; below −10 by its continued fraction t + 1 / (t + 2 / (t + 3 / (t + ...))), t = −x.
+
+    There the quotient's logarithm is a difference of numbers as large as x² / 2. DLMF 7.9.2.
+    """
+    far, t = x < -10, jnp.maximum(-x, 10)
+    fraction = t
+    for k in range(12, 0, -1):
+        fraction = t + k / fraction
+    x, out = jnp.where(far, 0, x), jnp.where(far, 0, out)
+    return dy * jnp.where(far, fraction, lax.exp(-0.5 * x * x - out - 0.5 * math.log(2 * math.pi)))
 
 
 class LogSoftmax(Rule):
@@ -140,12 +168,13 @@ RULES = [
     ),
     elementwise(
         "jax.nn.gelu",
-        "y = x Φ(x), Φ = (1 + erf(x / √2)) / 2 or by tanh;  x̄ = ȳ (Φ + x Φ').  Keeps x.",
+        "y = x Φ(x), Φ = (1 + erf(x / √2)) / 2 or by tanh;  x̄ = ȳ (Φ + x Φ'), also where "
+        "x² overflows.  Keeps x.",
         _gelu,
     ),
     elementwise(
         "jax.nn.silu",
-        "y = x σ(x);  x̄ = ȳ (σ + x σ (1 − σ)).  Keeps x.",
+        "y = x σ(x);  x̄ = ȳ (σ + x σ (1 − σ)), also at ±∞.  Keeps x.",
         _silu,
     ),
     elementwise(
@@ -159,6 +188,40 @@ RULES = [
         "y = Σ (x − μ)² / (n − ddof) along axis, μ = Σ x / n;  x̄ = 2 ȳ (x − μ) / (n − ddof).  "
         "Keeps x.",
         x=_var, ddof=None,
+    ),
+    broadcasting(
+        "jax.numpy.hypot",
+        "y = √(a² + b²);  ā = ȳ a / y, b̄ = ȳ b / y, their limits where a or b is infinite.  Kink "
+        "(0, 0): 1/2 to either, as JAX.  Keeps a and b.",
+        a=lambda dy, a, b: _hypot(dy, a, b), b=lambda dy, a, b: _hypot(dy, b, a),
+    ),
+    broadcasting(
+        "jax.numpy.logaddexp",
+        "y = log(eᵃ + eᵇ);  ā = ȳ exp(a − y), b̄ = ȳ exp(b − y), 0 where y = −∞.  Keeps a, b, y.",
+        a=lambda dy, a, out: dy * lax.exp(below(a, out)),
+        b=lambda dy, b, out: dy * lax.exp(below(b, out)),
+    ),
+    broadcasting(
+        "jax.numpy.logaddexp2",
+        "y = log₂(2ᵃ + 2ᵇ);  ā = ȳ 2^(a − y), b̄ = ȳ 2^(b − y), 0 where y = −∞.  Keeps a, b, y.",
+        a=lambda dy, a, out: dy * lax.exp2(below(a, out)),
+        b=lambda dy, b, out: dy * lax.exp2(below(b, out)),
+    ),
+    broadcasting(
+        "jax.scipy.special.xlogy",
+        "y = x log a, 0 where x = 0;  x̄ = ȳ log a, ā = ȳ x / a, 0 where x = a = 0.  Keeps x and a.",
+        x=lambda dy, a: dy * lax.log(a), a=lambda dy, x, a: dy * _log_slope(x, a),
+    ),
+    broadcasting(
+        "jax.scipy.special.xlog1py",
+        "y = x log(1 + a), 0 where x = 0;  x̄ = ȳ log(1 + a), ā = ȳ x / (1 + a), 0 where x = 0 and "
+        "a = −1.  Keeps x and a.",
+        x=lambda dy, a: dy * lax.log1p(a), a=lambda dy, x, a: dy * _log_slope(x, 1 + a),
+    ),
+    elementwise(
+        "jax.scipy.special.log_ndtr",
+        "y = log Φ(x);  x̄ = ȳ φ(x) / Φ(x), φ = Φ'.  Keeps x and y.",
+        _log_ndtr,
     ),
     Standardize(
         "jax.nn.standardize",

@@ -117,10 +117,33 @@ def _complement(q, gq, n):
     return gq[..., :n] + mm(others, z) - jnp.concatenate([-mm(h(z), folded), folded], -2)
 
 
-def _inverse(gaps):
-    """1 / gaps off the diagonal, 0 on it."""
-    eye = eye_like(gaps)
-    return 1 / (gaps + eye) - eye
+def _between(values, turned, k, dvalues):
+    """``turned`` / (w_j − w_i) off the diagonal; of equal values a quotient that says nothing.
+
+    Of φ(V h(W) Vᴴ), for one h, the derivative is there, while V has none. With Γ the gradient of φ
+    in the basis V, the factors give k = Γ h(λ) and a Hermitian ``turned`` between equal values, the
+    values the diagonal of Γ h'(λ), and Ā needs all of Γ h'(λ): k times the ratio of the diagonals.
+    Where these are not proportional, or ``turned`` not Hermitian, φ is something else.
+
+    Args:
+      values: w; turned, k: what reaches V, in the basis V; dvalues: what reaches w, None if nothing.
+    """
+    eps, off = jnp.finfo(values.dtype).eps, eye_like(k) == 0
+    gaps, k_h = _gaps(values), (k + h(k)) / 2
+    largest = lambda x, axes: jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+    equal = jnp.abs(gaps) <= 16 * eps * largest(values, -1)[..., None]  # up to rounding
+    turning = jnp.abs(turned - h(turned))
+    found = equal & off & (turning <= 64 * eps * largest(k, (-2, -1)))
+    ratio = jnp.zeros_like(values)
+    if dvalues is not None:
+        total = lambda x: jnp.sum(jnp.where(equal, x[..., None, :], 0), -1)
+        d = jnp.real(diagonal(k))
+        square, both, other = total(d * d), total(d * dvalues), total(dvalues * dvalues)
+        fits = (square > 0) & (both * both >= (1 - 64 * eps) * square * other)
+        found = found & fits[..., None]
+        ratio = both / jnp.where(fits, square, 1)
+    quotient = turned / jnp.where(found | ~off, 1, gaps).astype(k.dtype)
+    return jnp.where(off, jnp.where(found, k_h * ratio[..., None].astype(k.dtype), quotient), 0)
 
 
 def _gaps(w):
@@ -131,14 +154,16 @@ def _gaps(w):
 def _eigh(site, kept, dv, dw):
     """G_A = V (diag(w̄) + F ∘ Vᴴ G_V) Vᴴ, F_ij = 1 / (w_j − w_i) off the diagonal."""
     v, w = kept
+    wanted_v, wanted_w = site.wanted
     if site.params["subset_by_index"] not in (None, (0, v.shape[-2])):
         raise NotImplementedError(
             "The derivative of eigh needs all eigenvectors, got subset_by_index="
             f"{site.params['subset_by_index']} expected None: take the subset of the full result."
         )
     g = diag(dw).astype(v.dtype)
-    if site.wanted[0]:
-        g = g + _inverse(_gaps(w)).astype(v.dtype) * mm(h(v), jnp.conj(dv))
+    if wanted_v:
+        k = mm(h(v), jnp.conj(dv))
+        g = g + _between(w, k, k, dw if wanted_w else None)
     return [jnp.conj(mm(mm(v, g), h(v)))]
 
 
@@ -154,10 +179,11 @@ def _svd_forward(site, a):
 
 
 def _svd(site, kept, ds, *dvectors):
-    """G_A = U (diag(s̄) + F∘(X − Xᴴ) S + S F∘(Y − Yᴴ)) Vᴴ + the parts of G_U, G_V outside U, V.
+    """G_A = U (diag(s̄) + F∘(P + Q) + E∘(P − Q)) Vᴴ + the parts of G_U, G_V outside U, V.
 
-    X = Uᴴ G_U, Y = Vᴴ G_V, F_ij = 1 / (s_j² − s_i²) off the diagonal; for complex A the phases,
-    which U and V share, are moved by U alone: + i Im(X_ii) / s_i.
+    P = X − Xᴴ, X = Uᴴ G_U, Q = Y − Yᴴ, Y = Vᴴ G_V, F_ij = 1 / 2(s_j − s_i), E_ij = 1 / 2(s_j + s_i)
+    off the diagonal; for complex A the phases, which U and V share, are moved by U alone: + i
+    Im(X_ii) / s_i.
     """
     s, u, vt = kept
     g = diag(ds).astype(u.dtype)
@@ -166,9 +192,10 @@ def _svd(site, kept, ds, *dvectors):
     _check_svd(site)
     gu, gv = jnp.conj(dvectors[0]), t(dvectors[1])
     x, y = mm(h(u), gu), mm(vt, gv)
-    row, column = s[..., None, :].astype(u.dtype), s[..., None].astype(u.dtype)
-    f = _inverse((s[..., None, :] + s[..., None]) * _gaps(s)).astype(u.dtype)
-    g = g + f * (x - h(x)) * row + column * f * (y - h(y))
+    p, q, row = x - h(x), y - h(y), s[..., None, :].astype(u.dtype)
+    off = 1 - eye_like(x)
+    sums = jnp.where(off == 0, 1, s[..., None, :] + s[..., None]).astype(u.dtype)
+    g = g + _between(s, (p + q) / 2, x, ds if site.wanted[0] else None) + off * (p - q) / (2 * sums)
     if jnp.issubdtype(u.dtype, jnp.complexfloating):
         phases = jnp.imag(diagonal(x)) / jnp.where(s == 0, jnp.inf, s)
         g = g + diag(lax.complex(jnp.zeros_like(phases), phases))
@@ -260,14 +287,15 @@ RULES = [
     pair(
         "svd",
         "A = U S Vᴴ;  Ā = U (S̄ + F∘(X − Xᴴ) S + S F∘(Y − Yᴴ)) Vᴴ + ..., X = Uᴴ Ū, Y = Vᴴ V̄, "
-        "F_ij = 1 / (s_j² − s_i²).  Keeps U, S, V.  Equal singular values: infinite if U or V is "
-        "used.  Giles 2008, Seeger et al. 2017.",
+        "F_ij = 1 / (s_j² − s_i²).  Keeps U, S, V.  Equal singular values: right for functions of "
+        "U f(S) Vᴴ, for one f; infinite or nan otherwise.  Giles 2008, Seeger et al. 2017.",
         _svd, _svd_forward, keeps="U, S, V",
     ),
     pair(
         "eigh",
         "A = V W Vᴴ;  Ā = V (W̄ + F ∘ Vᴴ V̄) Vᴴ, F_ij = 1 / (w_j − w_i), for A as a Hermitian "
-        "whole.  Keeps V and W.  Equal eigenvalues: infinite if V is used.  Giles 2008.",
+        "whole.  Keeps V and W.  Equal eigenvalues: right for functions of V f(W) Vᴴ, for one f; "
+        "infinite or nan otherwise.  Giles 2008.",
         _eigh, keep=lambda site: (1, 2), keeps="the results",
     ),
     pair(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core.rule import broadcasting, elementwise, rule
+from fbprop.rules.elementwise import vanishing
 
 TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
 
@@ -28,14 +29,32 @@ def _no_derivative(function, operand):
     return pullback
 
 
+def _times_log(n, x):
+    """n ln x; 0 where n = 0 and x = 0, as x⁰ = 1."""
+    return n * lax.log(jnp.where((n == 0) & (x == 0), 1, x))
+
+
+def _times_log1p(n, x):
+    """n ln(1 + x); 0 where n = 0 and x = −1."""
+    return n * lax.log1p(jnp.where((n == 0) & (x == -1), 0, x))
+
+
+def _igamma_a(dy, a, x):
+    """By the series; P(a, ∞) = 1 for every a."""
+    far = x == jnp.inf
+    return dy * jnp.where(far, 0, lax.igamma_grad_a(a, jnp.where(far, 1, x)))
+
+
 def _igamma_x(dy, a, x):
     """ȳ x^(a−1) e^(−x) / Γ(a), formed from logarithms because Γ overflows at a = 172 in float64."""
-    return dy * lax.exp((a - 1) * lax.log(x) - x - lax.lgamma(a))
+    finite = jnp.where(x == jnp.inf, 0, x)
+    slope = lax.exp(_times_log(a - 1, finite) - finite - lax.lgamma(a))
+    return dy * jnp.where(x == jnp.inf, 0, slope)
 
 
 def _betainc_x(dy, a, b, x):
     log_beta = lax.lgamma(a) + lax.lgamma(b) - lax.lgamma(a + b)
-    return dy * lax.exp((a - 1) * lax.log(x) + (b - 1) * lax.log1p(-x) - log_beta)
+    return dy * lax.exp(_times_log(a - 1, x) + _times_log1p(b - 1, -x) - log_beta)
 
 
 def _i1e(dy, x, out):
@@ -59,12 +78,12 @@ def _random_gamma(dy, a, out, *, log_space):
 
 RULES = [
     elementwise(
-        "erf", "y = erf x;  x̄ = ȳ 2/√π e^(−x²).  Keeps x.  DLMF 7.9.",
-        lambda dy, x: dy * (TWO_OVER_SQRT_PI * lax.exp(-x * x)),
+        "erf", "y = erf x;  x̄ = ȳ 2/√π e^(−x²), 0 where that is 0.  Keeps x.  DLMF 7.9.",
+        lambda dy, x: vanishing(dy, TWO_OVER_SQRT_PI * lax.exp(-x * x)),
     ),
     elementwise(
-        "erfc", "y = 1 − erf x;  x̄ = −ȳ 2/√π e^(−x²).  Keeps x.  DLMF 7.9.",
-        lambda dy, x: dy * (-TWO_OVER_SQRT_PI * lax.exp(-x * x)),
+        "erfc", "y = 1 − erf x;  x̄ = −ȳ 2/√π e^(−x²), 0 where that is 0.  Keeps x.  DLMF 7.9.",
+        lambda dy, x: vanishing(dy, -TWO_OVER_SQRT_PI * lax.exp(-x * x)),
     ),
     elementwise(
         "erf_inv", "y = erf⁻¹ x;  x̄ = ȳ √π/2 e^(y²).  Keeps y.  Infinite at x = ±1.",
@@ -86,19 +105,18 @@ RULES = [
     broadcasting(
         "igamma",
         "y = P(a, x);  x̄ = ȳ x^(a−1) e^(−x) / Γ(a), ā = ȳ ∂P/∂a by its own series (JAX's "
-        "igamma_grad_a).  Keeps a and x.  DLMF 8.8.13.",
-        a=lambda dy, a, x: dy * lax.igamma_grad_a(a, x), x=_igamma_x,
+        "igamma_grad_a).  Both 0 at x = ∞; x̄ = ȳ at x = 0 for a = 1.  Keeps a and x.  DLMF 8.8.13.",
+        a=_igamma_a, x=_igamma_x,
     ),
     broadcasting(
         "igammac",
         "y = 1 − P(a, x);  the cotangents of igamma with the other sign.  Keeps a and x.",
-        a=lambda dy, a, x: -dy * lax.igamma_grad_a(a, x),
-        x=lambda dy, a, x: _igamma_x(-dy, a, x),
+        a=lambda dy, a, x: _igamma_a(-dy, a, x), x=lambda dy, a, x: _igamma_x(-dy, a, x),
     ),
     broadcasting(
         "regularized_incomplete_beta",
-        "y = Iₓ(a, b);  x̄ = ȳ x^(a−1) (1 − x)^(b−1) / B(a, b).  Keeps a, b, x.  No derivative in "
-        "a and b.  DLMF 8.17.",
+        "y = Iₓ(a, b);  x̄ = ȳ x^(a−1) (1 − x)^(b−1) / B(a, b), where 0⁰ = 1.  Keeps a, b, x.  No "
+        "derivative in a and b.  DLMF 8.17.",
         a=_no_derivative("regularized_incomplete_beta", "a"),
         b=_no_derivative("regularized_incomplete_beta", "b"),
         x=_betainc_x,
