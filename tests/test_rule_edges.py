@@ -17,8 +17,8 @@ GROUPS = jnp.array([3, 4], jnp.int32)
 def test_products_at_repeated_indices(shape, x64):
     """Each update gets the product of all others at its place, also where some are 0."""
     rng = np.random.default_rng(0)
-    x, u = jnp.asarray(rng.standard_normal((4, *shape[1:]))), jnp.asarray(rng.standard_normal(shape))
-    u = u.at[1].set(0)
+    x = jnp.asarray(rng.standard_normal((4, *shape[1:])))
+    u = jnp.asarray(rng.standard_normal(shape)).at[1].set(0)
     indices = jnp.array([2, 0, 2, 7, 2, 0])  # 7 is out of bounds and dropped
     weights = jnp.asarray(rng.standard_normal(x.shape))
 

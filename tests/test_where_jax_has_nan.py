@@ -24,7 +24,12 @@ def of_two(fun):
 
 
 def products(x):
-    return jnp.dot(jax.ops.segment_prod(x, jnp.array([0, 0, 1, 1, 1]), 2), jnp.array([1, 10], x.dtype))
+    of_segments = jax.ops.segment_prod(x, jnp.array([0, 0, 1, 1, 1]), 2)
+    return jnp.dot(of_segments, jnp.array([1, 10], x.dtype))
+
+
+def repeated(u):
+    return jnp.ones(2, u.dtype).at[jnp.array([1, 1, 0])].mul(u).sum()
 
 
 CASES = {
@@ -47,8 +52,7 @@ CASES = {
     "hypot, infinite": (of_two(jnp.hypot), [INF, 1.0], [1, 0]),
     "segment_prod, one zero": (products, [0.0, 2.0, 3.0, 4.0, 5.0], [2, 0, 200, 150, 120]),
     "segment_prod, two zeros": (products, [0.0, 0.0, 0.0, 4.0, 0.0], [0, 0, 0, 0, 0]),
-    "scatter_mul": (lambda u: jnp.ones(2, u.dtype).at[jnp.array([1, 1, 0])].mul(u).sum(), [0.0, 3.0, 0.0],
-                    [3, 0, 1]),
+    "scatter_mul": (repeated, [0.0, 3.0, 0.0], [3, 0, 1]),
     "xlogy(0, 0)": (lambda a: jax.scipy.special.xlogy(0.0, a[0]), [0.0], [0]),
     "xlog1py(0, -1)": (lambda a: jax.scipy.special.xlog1py(0.0, a[0]), [-1.0], [0]),
     "gammainc at 0": (total(lambda x: jax.scipy.special.gammainc(1.0, x)), [0.0, INF], [1, 0]),

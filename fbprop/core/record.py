@@ -228,6 +228,7 @@ def record(fun, leaves, pieces):
                 found = *trace.last(inputs, outs), trace.written
         finally:
             trace.invalidate()
+            trace.pieces = None  # equations of custom_jvp keep the trace, which keeps all of it
         del trace, inputs, outs, fun
     return found
 

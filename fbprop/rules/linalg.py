@@ -126,7 +126,7 @@ def _between(values, turned, k, dvalues):
     Where these are not proportional, or ``turned`` not Hermitian, φ is something else.
 
     Args:
-      values: w; turned, k: what reaches V, in the basis V; dvalues: what reaches w, None if nothing.
+      values: w; turned, k: what reaches V, in the basis V; dvalues: what reaches w, or None.
     """
     eps, off = jnp.finfo(values.dtype).eps, eye_like(k) == 0
     gaps, k_h = _gaps(values), (k + h(k)) / 2
@@ -260,7 +260,8 @@ def _eigenvectors(w, v, gw, gv):
         turn = jnp.where(at_largest, jnp.imag(gamma) / jnp.where(at_largest, jnp.real(v), 1), 0)
         length = jnp.real(gamma).astype(v.dtype)
         gu = gv - v * length - lax.complex(jnp.zeros_like(turn), turn)
-        g = g + jnp.conj(_inverse(_gaps(w))) * mm(h(v), gu)
+        inverse_gaps = 1 / (_gaps(w) + eye_like(v)) - eye_like(v)
+        g = g + jnp.conj(inverse_gaps) * mm(h(v), gu)
     return mm(solve_adjoint(v, g), h(v))
 
 

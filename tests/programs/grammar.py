@@ -124,18 +124,18 @@ FAMILIES = {
         jnp.tensordot({x}, {x}, 1)
         jnp.einsum('i,j->ji', {x}.reshape(-1), {x}.reshape(-1))
         jnp.einsum('...i,...i->...', {x}, {x})
-        jnp.dot({x}, {x}.T, precision={q})
-        lax.dot({x}, {x}, precision={q}, preferred_element_type={t})
+        jnp.dot({f}, {f}.T, precision={q})
+        lax.dot({f}, {f}, precision={q}, preferred_element_type={t})
         lax.dot_general({x}, {x}, (((0,), (0,)), ((), ())), preferred_element_type={t})
         lax.dot_general({x}, {x}, (((), ()), ((), ())))
         lax.conv_general_dilated({x}[None, None], {x}[None, None], (1,) * {x}.ndim, 'SAME')
         lax.conv_general_dilated({x}[None, :2], {x}[:2, None], (1,), 'SAME', feature_group_count=2)
         lax.conv_general_dilated({x}[None, :0], {x}[None, :0], (1,) * ({x}.ndim - 1), 'VALID')
         jnp.convolve({x}, {x})
-        sparse.BCOO.fromdense(np.eye(3) + np.eye(3, k=1), nse=5) @ {x}
-        sparse.BCOO(({x}.reshape(-1)[:2], np.array([[0, 1], [2, 0]])), shape=(3, 2)) @ {x}
+        sparse.BCOO.fromdense(EYES.astype({x}.dtype), nse=5) @ {x}
+        sparse_times({x}, {x})
         sparse.BCOO(({x}.reshape(-1)[:2], np.array([[0, 1], [2, 0]])), shape=(3, 2)).todense()
-        sparse.BCSR.fromdense(np.eye(3) + np.eye(3, k=1), nse=5) @ {x}
+        sparse.BCSR.fromdense(EYES.astype({x}.dtype), nse=5) @ {x}
     """,
     "control": """
         lax.scan({scan}, {x}, {x})[0]

@@ -119,6 +119,12 @@ def like(x, c):
     return jnp.broadcast_to(x, c.shape).astype(c.dtype) + c
 
 
+def sparse_times(x, y):
+    """A sparse matrix of two elements of ``x`` times ``y``, of one type: of two, JAX errs."""
+    elements = jnp.real(x).reshape(-1)[:2].astype(y.dtype)
+    return sparse.BCOO((elements, np.array([[0, 1], [2, 0]])), shape=(3, 2)) @ y
+
+
 def total(x):
     """A number that depends on every element of ``x``, smooth and not of one size."""
     weights = np.arange(1.0, x.size + 1).reshape(x.shape) / max(x.size, 1)
@@ -143,6 +149,7 @@ scaled.defvjp(lambda x, by: (x * by, None), lambda by, _, d: (d * (by + 1),))
 
 NAMES = {
     "jax": jax, "jnp": jnp, "np": np, "lax": lax, "sparse": sparse, "partial": functools.partial,
+    "EYES": np.eye(3) + np.eye(3, k=1),
     "policies": jax.checkpoint_policies, "preset": lax.DotAlgorithmPreset, "like": like,
-    "total": total, "doubled": doubled, "scaled": scaled,
+    "sparse_times": sparse_times, "total": total, "doubled": doubled, "scaled": scaled,
 }
