@@ -40,6 +40,37 @@ MODELS = {
 }
 
 
+class Attending(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+
+    def __call__(self, x):
+        x = x + eqx.filter_checkpoint(self.attention)(x, x, x)
+        return x + eqx.nn.Dropout(0.2)(jax.vmap(self.mlp)(x), key=KEY)
+
+
+MODELS["attention, checkpoint, dropout"] = (
+    lambda: Attending(eqx.nn.MultiheadAttention(2, 4, key=KEY), eqx.nn.MLP(4, 4, 6, 1, key=KEY)),
+    (2, 5, 4),
+)
+
+
+def test_equinox_batch_norm_under_vmap():
+    with jax.enable_x64(True):
+        model, state = eqx.nn.make_with_state(lambda: eqx.nn.Sequential([
+            eqx.nn.Linear(3, 4, key=KEY), eqx.nn.BatchNorm(4, "batch", mode="batch"),
+            eqx.nn.Lambda(jnp.tanh), eqx.nn.SpectralNorm(
+                eqx.nn.Linear(4, 2, key=KEY), weight_name="weight", key=KEY
+            ),
+        ]))()
+        params, static = eqx.partition(cast(model, "float64"), eqx.is_inexact_array)
+        x = jax.random.normal(KEY, (6, 3))
+        run = lambda p: jax.vmap(
+            eqx.combine(p, static), in_axes=(0, None), out_axes=(0, None), axis_name="batch"
+        )(x, cast(state, "float64"))[0]
+        assert_same_gradient(lambda p: jnp.mean(run(p) ** 2), params, "float64")
+
+
 @both
 @pytest.mark.parametrize("name", MODELS)
 def test_equinox(name, dtype):

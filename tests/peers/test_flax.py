@@ -52,7 +52,32 @@ class MLP(nn.Module):
         return nn.Dense(2)(nn.Dropout(0.3, deterministic=False)(nn.tanh(nn.Dense(7)(x))))
 
 
+class PerExample(nn.Module):
+    """Batch norm of examples that it is mapped over."""
+
+    @nn.compact
+    def __call__(self, x):
+        block = lambda module, x: nn.BatchNorm(False, axis_name="batch")(nn.Dense(4)(x))
+        return nn.vmap(
+            block, variable_axes={"params": None, "batch_stats": None},
+            split_rngs={"params": False}, axis_name="batch",
+        )(self, x)
+
+
+class Stacked(nn.Module):
+    """One layer's parameters stacked, scanned over, and computed again in the backward pass."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.remat(lambda module, c, _: (nn.tanh(nn.Dense(3)(c)), None))
+        return nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )(self, x, None)[0]
+
+
 LINEN = {
+    "batch norm under vmap": (PerExample(), (6, 3)),
+    "scan of remat": (Stacked(), (2, 3)),
     "mlp with dropout": (MLP(), (3, 5)),
     "resnet": (ResNet(), (2, 6, 6, 3)),
     "encoder": (Encoder(), (2, 5)),
@@ -66,10 +91,8 @@ LINEN = {
 def test_linen(name, dtype):
     model, shape = LINEN[name]
     with jax.enable_x64(True):
-        x = jax.random.normal(KEY, shape) if len(shape) != 2 or name[0] == "m" else (
-            jax.random.randint(KEY, shape, 0, 11)
-        )
-        x = cast(x, dtype)
+        tokens = jax.random.randint(KEY, shape, 0, 11)
+        x = tokens if name == "encoder" else cast(jax.random.normal(KEY, shape), dtype)
         variables = cast(model.init({"params": KEY, "dropout": KEY}, x), dtype)
         state = {k: v for k, v in variables.items() if k != "params"}
 
