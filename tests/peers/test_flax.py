@@ -57,7 +57,9 @@ class PerExample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        block = lambda module, x: nn.BatchNorm(False, axis_name="batch")(nn.Dense(4)(x))
+        block = lambda module, x: nn.BatchNorm(False, axis_name="batch")(
+            nn.Dense(4, use_bias=False)(x)
+        )
         return nn.vmap(
             block, variable_axes={"params": None, "batch_stats": None},
             split_rngs={"params": False}, axis_name="batch",

@@ -36,7 +36,8 @@ def transformer(x):
 
 MODELS = {
     "classifier": (classifier, (5, 3, 3, 1)), "recurrent": (unrolled, (4, 2, 3)),
-    "batch norm and dropout": (convolutional, (3, 6, 6, 2)), "transformer": (transformer, (2, 5, 8)),
+    "batch norm and dropout": (convolutional, (3, 6, 6, 2)),
+    "transformer": (transformer, (2, 5, 8)),
 }
 
 
