@@ -16,7 +16,7 @@ X = jnp.array([0.7, -1.3, 2.0])
 
 
 def another_packages(name, impl, jvp=None, transpose=None):
-    p = Primitive(name)
+    p = Primitive(f"test_{name}")
     p.def_impl(impl)
     p.def_abstract_eval(lambda x: x)
     mlir.register_lowering(p, mlir.lower_fun(impl, multiple_results=False))
@@ -89,13 +89,13 @@ def test_where_jax_is_replaced_by_ours(monkeypatch):
 def test_explain_says_who_differentiates():
     fun = lambda x: jnp.sum(jnp.sin(squared.bind(x)))
     assert [x.rule for x in fbprop.explain(fun, X).lines] == ["jax.vjp", "sin", "reduce_sum"]
-    with pytest.raises(fbprop.MissingRule, match="'squared'.*pass fallback='jax'"):
+    with pytest.raises(fbprop.MissingRule, match="'test_squared'.*pass fallback='jax'"):
         fbprop.explain(fun, X, fallback=None)
 
 
 @pytest.mark.parametrize("fallback", ["registered", None])
 def test_without_a_registered_derivative(fallback):
-    with pytest.raises(fbprop.MissingRule, match="'opaque'.*JAX has no derivative of it either"):
+    with pytest.raises(fbprop.MissingRule, match="'test_opaque'.*JAX has no derivative of it either"):
         fbprop.grad(lambda x: jnp.sum(opaque.bind(x)), fallback=fallback)(X)
 
 

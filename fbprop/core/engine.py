@@ -149,7 +149,7 @@ class Engine(NamedTuple):
 
     def plan_once(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
         """The plan of a jaxpr that will not be met again, a user's: its inputs exist anyway."""
-        flow = Flow(self, jc.runnable(jaxpr), active, path)
+        flow = Flow(self, jaxpr, active, path)
         return Plan(flow, wanted, factored, at_hand=True)
 
     def forward(self, plan: Plan, args) -> tuple[list, Kept]:

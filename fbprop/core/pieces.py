@@ -71,7 +71,8 @@ class Pieces:
     def _plan_traced(self, jaxpr, wanted):
         """The plan; of a piece that is not the last, for what can have a derivative."""
         ins = jc.open_jaxpr(jaxpr).invars
-        flow = Flow(self.engine, jaxpr, tuple(v in self.active for v in ins), "")
+        active = tuple(v in self.active for v in ins)
+        flow = Flow(self.engine, jc.runnable(jaxpr), active, "")
         forms = tuple(self.form if v in self.inputs else None for v in ins)
         if wanted is None:
             wanted = flow.active_out

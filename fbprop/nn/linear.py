@@ -108,8 +108,8 @@ def conv(features: int, kernel_size: int | tuple[int, ...] = 3, *, stride=1, pad
         return _kernel_and_bias(key, shape, bias, kernel_init, bias_init, dtype)
 
     def apply(params, x, **_):
-        kernel = parameter(name, params, "kernel")
         check_image(name, x, n)
+        kernel = parameter(name, params, "kernel")
         check_width(name, x, kernel.shape[-2] * groups)
         check_dtype(name, x, kernel)
         y = lax.conv_general_dilated(

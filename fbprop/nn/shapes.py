@@ -148,7 +148,7 @@ def sequence_mask(lengths, steps: int):
 
 def without_padding(x, lengths):
     """Padded sequences [B, T, ...] with zeros for padding: there it may hold anything, nan too."""
-    if x.ndim < 2:
+    if jnp.ndim(x) < 2:
         return x  # whoever takes sequences says so
     real = sequence_mask(lengths, x.shape[1])
     if real.shape[0] != x.shape[0]:

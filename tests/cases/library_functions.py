@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from cases.case import Case, apart, real
+from cases.case import Case, apart, positive, real
 
 F64 = 8
 
@@ -32,4 +32,14 @@ CASES = [
          kept=(10 + 2 * 2) * F64),
     Case("jax.nn.standardize", lambda x: jax.nn.standardize(x, axis=(0, 1), epsilon=0.5),
          (real(2, 5, 3),), "two axes", kept=(30 + 2 * 3) * F64),
+    Case("jax.numpy.hypot", jnp.hypot, (real(2, 3), real(3)),
+         at=(((0.0, 0.0), {0: 0.5, 1: 0.5}), ((0.0, -4.0), {0: 0.0, 1: -1.0}))),
+    Case("jax.numpy.logaddexp", jnp.logaddexp, (real(2, 3), real(3)),
+         at=(((0.0, 0.0), {0: 0.5, 1: 0.5}),)),
+    Case("jax.numpy.logaddexp2", jnp.logaddexp2, (real(2, 3), real(3)),
+         at=(((0.0, 0.0), {0: 0.5, 1: 0.5}),)),
+    Case("jax.scipy.special.xlogy", jax.scipy.special.xlogy, (real(2, 3), positive(3)),
+         at=(((0.0, 2.0), {1: 0.0}), ((3.0, 1.0), {0: 0.0, 1: 3.0}))),
+    Case("jax.scipy.special.xlog1py", jax.scipy.special.xlog1py, (real(2, 3), positive(3)),
+         at=(((3.0, 0.0), {0: 0.0, 1: 3.0}),)),
 ]
