@@ -9,6 +9,7 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+from programs.compare import young_heap
 
 import fbprop
 from cases import CASES
@@ -58,7 +59,8 @@ def test_every_rule_without_broadcasting_of_ranks():
 
 
 def test_rules_leak_no_tracers():
-    failed = failures(ROWS[::6], types, jax.checking_leaks)
+    with young_heap():
+        failed = failures(ROWS[::6], types, jax.checking_leaks)
     assert not failed, "\n".join(failed)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import io_callback
+from programs.compare import young_heap
 
 import fbprop
 
@@ -444,7 +445,7 @@ def test_exceptions_pass_and_leave_nothing():
 def test_no_tracer_leaks():
     special, held = jax.custom_vjp(lambda x: x * x), []
     special.defvjp(lambda x: (x * x, x), lambda x, dy: (2 * x * dy,))
-    with jax.checking_leaks():
+    with jax.checking_leaks(), young_heap():
         for fun in (branch, fbprop.grad(branch)):
             fbprop.vjp(fun, 2.0)[1](1.0)
         for fun in (jax.nn.relu, jax.nn.silu, special):  # whose derivatives JAX keeps for later

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from typing import NamedTuple
 
@@ -71,7 +72,20 @@ def settings(name):
     with contextlib.ExitStack() as stack:
         for option, value in {"numpy_dtype_promotion": "standard", **SETTINGS[name]}.items():
             stack.enter_context(getattr(jax, option)(value))
+        if name == "leaks":
+            stack.enter_context(young_heap())
         yield
+
+
+@contextlib.contextmanager
+def young_heap():
+    """What exists is not looked through for leaks: in a run of many tests that took minutes."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Trial(NamedTuple):
