@@ -13,13 +13,12 @@ from fbprop.check import compare
 GROUPS = jnp.array([3, 4], jnp.int32)
 
 
-@pytest.mark.parametrize("shape", [(6,), (6, 2)])
-def test_products_at_repeated_indices(shape, x64):
+def test_products_at_repeated_indices(x64):
     """Each update gets the product of all others at its place, also where some are 0."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((4, *shape[1:])))
-    u = jnp.asarray(rng.standard_normal(shape)).at[1].set(0)
-    indices = jnp.array([2, 0, 2, 7, 2, 0])  # 7 is out of bounds and dropped
+    x = jnp.asarray(rng.standard_normal((4, 2)))
+    u = jnp.asarray(rng.standard_normal((6, 2))).at[1].set(0)
+    indices = np.array([2, 0, 2, 7, 2, 0])  # 7 is out of bounds and dropped
     weights = jnp.asarray(rng.standard_normal(x.shape))
 
     def scattered(x, u):
@@ -29,11 +28,12 @@ def test_products_at_repeated_indices(shape, x64):
         rows = [jnp.prod(u[np.flatnonzero(indices == i)], axis=0) for i in range(4)]
         return jnp.sum(weights * (x * jnp.stack(rows)) ** 2)
 
-    got = fbprop.grad(scattered, argnums=(0, 1))(x, u)
-    chex.assert_trees_all_close(got, jax.grad(multiplied, argnums=(0, 1))(x, u), rtol=1e-12)
-    second = fbprop.grad(lambda u: jnp.sum(fbprop.grad(scattered, argnums=1)(x, u)))(u)
-    expected = jax.grad(lambda u: jnp.sum(jax.grad(multiplied, argnums=1)(x, u)))(u)
-    chex.assert_trees_all_close(second, expected, rtol=1e-12)
+    def slopes(ad, fun):
+        second = ad.grad(lambda u: jnp.sum(ad.grad(fun, argnums=1)(x, u)))
+        return ad.grad(fun, argnums=(0, 1))(x, u), second(u)
+
+    got, expected = jax.jit(lambda: (slopes(fbprop, scattered), slopes(jax, multiplied)))()
+    chex.assert_trees_all_close(got, expected, rtol=1e-12)
 
 
 def test_scatter_of_a_function_has_no_derivative():

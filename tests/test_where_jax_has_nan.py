@@ -72,19 +72,25 @@ WIDE = {  # beyond float16
 NOT_IN_16_BITS = ("betainc", "gammainc", "abs")  # nor has jax any of these
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", [*CASES, *WIDE])
-def test_derivative_exists(name, dtype, x64):
-    fun, x, expected = {**CASES, **WIDE}[name]
-    if (name in WIDE and dtype == "float16") or (
-        dtype in ("float16", "bfloat16") and name.startswith(NOT_IN_16_BITS)
-    ):
-        dtype = "float32"
+def gradients(cases, dtype):
+    return {n: fbprop.grad(fun)(jnp.asarray(x, dtype)) for n, (fun, x, _) in cases.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "jit"),
+    [("float64", True), ("float32", True), ("bfloat16", True), ("float16", True), ("float32", False)],
+)
+def test_derivative_exists(dtype, jit, x64):
+    cases = dict(CASES)
+    if dtype != "float16":
+        cases |= WIDE
+    if jnp.dtype(dtype).itemsize == 2:
+        cases = {n: c for n, c in cases.items() if not n.startswith(NOT_IN_16_BITS)}
     tolerance = 1e-2 if jnp.dtype(dtype).itemsize == 2 else 1e-5
-    x = jnp.asarray(x, dtype)
-    for gradient in (fbprop.grad(fun), jax.jit(fbprop.grad(fun))):
-        got = np.asarray(gradient(x), "float64")
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=0)
+    got = jax.jit(lambda: gradients(cases, dtype))() if jit else gradients(cases, dtype)
+    for name, (_, _, expected) in cases.items():
+        result = np.asarray(got[name], "float64")
+        np.testing.assert_allclose(result, expected, rtol=tolerance, atol=0, err_msg=name)
 
 
 def eigh_parts(f):
@@ -111,37 +117,47 @@ def spectra(n):
             "pairs": np.repeat([0.5, 3.0], n // 2)}
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
-@pytest.mark.parametrize("which", ["all", "two", "pairs"])
-@pytest.mark.parametrize("f", [lambda w: w, lambda w: w**3 - w, jnp.exp, jnp.ones_like])
-def test_functions_of_a_matrix_with_equal_eigenvalues(f, which, dtype, x64):
-    """By Daleckii and Krein: Γ times the divided differences of f, f' at equal values."""
-    n, values = 4, spectra(4)[which]
-    q, g = (orthogonal(n, dtype, seed) for seed in range(2))
-    a = jnp.asarray((q * values) @ q.conj().T, dtype)
-    gaps = values[:, None] - values
-    slope = np.asarray(jax.vmap(jax.grad(lambda w: f(w)))(jnp.asarray(values)))
-    equal = gaps == 0
-    divided = np.where(equal, slope[:, None],
-                       (f(values)[:, None] - f(values)) / np.where(equal, 1, gaps))
+TYPES = pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
+FUNCTIONS = {"w": lambda w: w, "w³ − w": lambda w: w**3 - w, "exp": jnp.exp, "1": jnp.ones_like}
+
+
+def of_functions(f, values, dtype):
+    """A gradient through `eigh`, and by Daleckii and Krein's divided differences, f' if equal."""
+    q, g = (orthogonal(len(values), dtype, seed) for seed in range(2))
+    a, weights = jnp.asarray((q * values) @ q.conj().T, dtype), jnp.asarray(g.conj(), dtype)
+    gaps, slope = values[:, None] - values, jax.vmap(jax.grad(lambda w: f(w)))(jnp.asarray(values))
+    divided = (f(values)[:, None] - f(values)) / np.where(gaps == 0, 1, gaps)
+    divided = jnp.where(gaps == 0, slope[:, None], divided)
     g_h = (g + g.conj().T) / 2
-    expected = q @ (divided * (q.conj().T @ g_h @ q)) @ q.conj().T
-    weights = jnp.asarray(g.conj(), dtype)
+    expected = q @ (divided.astype(q.dtype) * (q.conj().T @ g_h @ q)) @ q.conj().T
     got = fbprop.grad(lambda a: jnp.sum(eigh_parts(f)(a) * weights).real)(a)
+    return got, expected.conj()
+
+
+@TYPES
+def test_functions_of_a_matrix_with_equal_eigenvalues(dtype, x64):
+    names = [(n, which) for n in FUNCTIONS for which in spectra(4)]
+    found = jax.jit(lambda: [of_functions(FUNCTIONS[n], spectra(4)[w], dtype) for n, w in names])()
     tolerance = 1e-4 if dtype == "float32" else 1e-9
-    np.testing.assert_allclose(got, expected.conj(), atol=tolerance * (1 + np.abs(slope).max()))
+    for name, (got, expected) in zip(names, found):
+        scale = 1 + np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "complex128"])
-@pytest.mark.parametrize("shape", [(4, 4), (6, 4), (4, 6)])
-@pytest.mark.parametrize("which", ["all", "two", "pairs"])
-def test_a_matrix_put_together_of_equal_singular_values(which, shape, dtype, x64):
-    m, n = shape
+@TYPES
+def test_a_matrix_put_together_of_equal_singular_values(dtype, x64):
     u, v, g = (orthogonal(6, dtype, seed) for seed in range(3))
-    a = jnp.asarray((u[:m, :4] * spectra(4)[which]) @ v[:4, :n], dtype)
-    weights = jnp.asarray(g[:m, :n].conj(), dtype)
-    got = fbprop.grad(lambda a: jnp.sum(put_together(a) * weights).real)(a)
-    np.testing.assert_allclose(got, weights, atol=1e-4 if dtype == "float32" else 1e-9)
+    names = [(s, which) for s in ((4, 4), (6, 4), (4, 6)) for which in spectra(4)]
+
+    def gradient(m, n, values):
+        a = jnp.asarray((u[:m, :4] * values) @ v[:4, :n], dtype)
+        weights = jnp.asarray(g[:m, :n].conj(), dtype)
+        return fbprop.grad(lambda a: jnp.sum(put_together(a) * weights).real)(a), weights
+
+    found = jax.jit(lambda: [gradient(*shape, spectra(4)[which]) for shape, which in names])()
+    for name, (got, expected) in zip(names, found):
+        tolerance = 1e-4 if dtype == "float32" else 1e-9
+        np.testing.assert_allclose(got, expected, atol=tolerance, err_msg=name)
 
 
 def test_what_has_no_derivative_at_equal_values_is_not_a_number(x64):

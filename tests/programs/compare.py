@@ -189,9 +189,9 @@ def widened(x):
 def refusal(theirs, ours):
     """What differs between two errors, or an error and none."""
     if ours is None:
-        # A derivative where JAX has not implemented one is no fault, nor is it to do without a product.
-        lacking = isinstance(theirs, NotImplementedError) or "supported by dot_general" in str(theirs)
-        return None if lacking else f"JAX refuses: {theirs!r}"[:300]
+        # A derivative where JAX has none is no fault, nor is doing without a product.
+        lacks = isinstance(theirs, NotImplementedError) or "supported by dot_general" in str(theirs)
+        return None if lacks else f"JAX refuses: {theirs!r}"[:300]
     said = f"{type(ours).__name__}: {str(ours)[:300]}"
     if theirs is None:
         return f"fbprop refuses: {said}"
