@@ -78,7 +78,7 @@ def gradients(cases, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "jit"),
-    [("float64", True), ("float32", True), ("bfloat16", True), ("float16", True), ("float32", False)],
+    [*((t, True) for t in ("float64", "float32", "bfloat16", "float16")), ("float32", False)],
 )
 def test_derivative_exists(dtype, jit, x64):
     cases = dict(CASES)
