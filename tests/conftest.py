@@ -1,6 +1,5 @@
 """Test settings: 8 simulated CPU devices, strict dtype promotion, warnings are errors."""
 
-import importlib.metadata
 import os
 import pathlib
 
@@ -10,9 +9,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 )
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older way to emit code: tests of rules take two thirds of the time. Later ones lack it.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import gc
 
