@@ -80,7 +80,6 @@ def settings(name):
 @contextlib.contextmanager
 def young_heap():
     """What exists is not looked through for leaks: in a run of many tests that took minutes."""
-    gc.collect()
     gc.freeze()
     try:
         yield
