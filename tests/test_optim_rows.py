@@ -30,12 +30,19 @@ def looked_up(params):
 def test_updates_are_those_of_arrays(name, x64):
     optimizer, params = ALL[name], network()
     state = states = optimizer.init(params)
-    for _ in range(3):
+
+    @jax.jit
+    def both(state, states, params):
         factored = fbprop.grad(looked_up, factored=True)(params)
         assert type(factored["w"]) is fbprop.Rows
         assert type(factored["b"]) is fbprop.Contraction
-        updates, state = jax.jit(optimizer.update)(factored, state, params)
-        expected, states = optimizer.update(fbprop.grad(looked_up)(params), states, params)
+        arrays = fbprop.grad(looked_up)(params)
+        return (
+            optimizer.update(factored, state, params), optimizer.update(arrays, states, params)
+        )
+
+    for _ in range(3):
+        (updates, state), (expected, states) = both(state, states, params)
         chex.assert_trees_all_close((updates, state), (expected, states), rtol=1e-12, atol=1e-14)
         params = optim.apply_updates(params, updates)
 

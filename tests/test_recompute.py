@@ -90,27 +90,28 @@ def loss(fun, p, x):
 @pytest.mark.usefixtures("even_small", "x64")
 @pytest.mark.parametrize("fun", FUNCTIONS)
 def test_the_gradient_is_the_same_on_every_route(fun):
-    p, x = operands()
     f = functools.partial(loss, fun)
-    expected = jax.grad(f, (0, 1))(p, x)
-    ours = fbprop.grad(f, (0, 1))
-    close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
-    close(ours(p, x), expected)
-    close(jax.jit(ours)(p, x), expected)
-    xs = jnp.stack([x, -x])
-    close(
-        jax.jit(jax.vmap(ours, (None, 0)))(p, xs), jax.vmap(jax.grad(f, (0, 1)), (None, 0))(p, xs)
-    )
 
     def squares(grad, p, x):
         return sum(jnp.sum(g**2) for g in jax.tree.leaves(grad(f, (0, 1))(p, x)))
 
-    second = jax.grad(functools.partial(squares, jax.grad), (0, 1))(p, x)
-    close(jax.jit(fbprop.grad(functools.partial(squares, fbprop.grad), (0, 1)))(p, x), second)
-    close(jax.jit(jax.grad(functools.partial(squares, fbprop.grad), (0, 1)))(p, x), second)
-    tangent = jax.tree.map(jnp.ones_like, (p, x))
-    forward = [jax.jvp(grad(f, (0, 1)), (p, x), tangent)[1] for grad in (fbprop.grad, jax.grad)]
-    close(*forward)
+    def routes(outer, inner):
+        """First derivatives, of a batch, second, and forward over reverse."""
+        def run(p, x):
+            first, tangent = inner(f, (0, 1)), jax.tree.map(jnp.ones_like, (p, x))
+            return {
+                "first": first(p, x), "vmap": jax.vmap(first, (None, 0))(p, jnp.stack([x, -x])),
+                "second": outer(functools.partial(squares, inner), (0, 1))(p, x),
+                "forward": jax.jvp(first, (p, x), tangent)[1],
+            }
+
+        return jax.jit(run)(*operands())
+
+    expected = routes(jax.grad, jax.grad)
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
+    close(fbprop.grad(f, (0, 1))(*operands()), expected["first"])
+    close(routes(fbprop.grad, fbprop.grad), expected)
+    close(routes(jax.grad, fbprop.grad), expected)
 
 
 @pytest.mark.usefixtures("even_small")
