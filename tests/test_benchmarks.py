@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import benchmarks.rows  # noqa: F401
+import benchmarks.rows  # noqa: F401  (fills the table of rows)
 import fbprop
 from benchmarks import adam, report
 from benchmarks.adam import plain_adam

@@ -19,7 +19,7 @@ from jax.dtypes import float0
 import fbprop
 
 X = np.array([0.5, -1.0], "float32")
-I = np.array([1, 2], "int32")  # noqa: E741
+N = np.array([1, 2], "int32")
 OURS, THEIRS = ((m.grad, m.value_and_grad, m.vjp) for m in (fbprop, jax))
 
 
@@ -115,8 +115,8 @@ ARGNUMS = [
 NUMBERS = {
     "float": 3.0, "int": 3, "bool": True, "complex": 1 + 2j, "np.float32": np.float32(2),
     "np.float64": np.float64(2), "np.float16": np.float16(2), "np.int32": np.int32(2), "array": X,
-    "array64": X.astype("float64"), "integers": I, "weak": jnp.asarray(2.0), "empty": X[:0],
-    "booleans": I > 1, "complexes": X.astype("complex64"), "bfloat16": X.astype(jnp.bfloat16),
+    "array64": X.astype("float64"), "integers": N, "weak": jnp.asarray(2.0), "empty": X[:0],
+    "booleans": N > 1, "complexes": X.astype("complex64"), "bfloat16": X.astype(jnp.bfloat16),
 }
 FUNCTIONS = {
     "same": lambda x: x, "sum": lambda x: jnp.sum(x * 2), "square": lambda x: x * x + 1.0,
@@ -138,7 +138,7 @@ TREES = {
 RESULTS = {
     "None": lambda x: None, "text": lambda x: "text", "tuple": lambda x: (x,),
     "dict": lambda x: {"a": x}, "vector": lambda x: x * X, "one": lambda x: x * jnp.ones(1),
-    "int": lambda x: 3, "integers": lambda x: I, "bool": lambda x: True, "float": lambda x: 3.0,
+    "int": lambda x: 3, "integers": lambda x: N, "bool": lambda x: True, "float": lambda x: 3.0,
     "complex": lambda x: x * 1j, "()": lambda x: (), "object": lambda x: object(),
     "set": lambda x: {1.0},
     "key": lambda x: jax.random.key(0), "raises": lambda x: 1 / 0, "generator": lambda x: iter([x]),
@@ -154,7 +154,7 @@ OUTPUTS = {
     "scalar": (lambda x: x * 2.0, 1.0), "vector": (lambda x: x * 2, X),
     "integer": (lambda x: 3, 1.0),
     "float16": (jnp.sum, X.astype("float16")), "complex": (jnp.sum, X.astype("complex64")),
-    "integers": (lambda x: I, 1.0), "tuple": (lambda x: (x,), 1.0), "pair": (lambda x: (x, I), 1.0),
+    "integers": (lambda x: N, 1.0), "tuple": (lambda x: (x,), 1.0), "pair": (lambda x: (x, N), 1.0),
     "dict": (lambda x: {"a": x}, 1.0), "None": (lambda x: None, 1.0), "()": (lambda x: (), 1.0),
     "list": (lambda x: [x], 1.0), "constant": (lambda x: 2.0, X), "bool": (lambda x: x > 0, 1.0),
 }
@@ -205,7 +205,7 @@ ENTRIES = {
     "aux in a namedtuple": both(lambda x: Point(x, x), 1.0, has_aux=True),
     "aux in a dict": both(lambda x: {"a": x, "b": x}, 1.0, has_aux=True),
     "aux of all kinds": both(
-        with_aux(lambda x: {"a": x, "b": 1, "c": 2.0, "d": I, "e": None, "f": x * X, "g": "text"}),
+        with_aux(lambda x: {"a": x, "b": 1, "c": 2.0, "d": N, "e": None, "f": x * X, "g": "text"}),
         1.0, has_aux=True,
     ),
     **{f"function {f!r}": both(f, X, X + 1) for f in
@@ -213,9 +213,9 @@ ENTRIES = {
         generator)},
     **{f"cotangent {c} of {o}": pulled(fun, COTANGENTS[c], *primals)
        for o, (fun, *primals) in OUTPUTS.items() for c in COTANGENTS},
-    "cotangent of a pair": pulled(lambda x: (x, I), (1.0, np.zeros(2, float0)), 1.0),
-    "cotangent of a pair, integers": pulled(lambda x: (x, I), (1.0, I), 1.0),
-    "cotangent of a pair, one": pulled(lambda x: (x, I), (1.0, None), 1.0),
+    "cotangent of a pair": pulled(lambda x: (x, N), (1.0, np.zeros(2, float0)), 1.0),
+    "cotangent of a pair, integers": pulled(lambda x: (x, N), (1.0, N), 1.0),
+    "cotangent of a pair, one": pulled(lambda x: (x, N), (1.0, None), 1.0),
 }
 
 

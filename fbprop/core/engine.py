@@ -144,13 +144,8 @@ class Engine(NamedTuple):
         shared = self.shared_path(path)
         try:
             return _plan(self, jaxpr, tuple(active), tuple(wanted), shared, tuple(factored))
-        except MissingRule:
-            return self.plan_once(jaxpr, active, wanted, path)  # for the full path in the message
-
-    def plan_once(self, jaxpr, active, wanted, path="", factored=()) -> Plan:
-        """The plan of a jaxpr that will not be met again, a user's: its inputs exist anyway."""
-        flow = Flow(self, jaxpr, active, path)
-        return Plan(flow, wanted, factored, at_hand=True)
+        except MissingRule:  # again, for the full path in the message
+            return Plan(Flow(self, jaxpr, active, path), wanted, (), at_hand=True)
 
     def forward(self, plan: Plan, args) -> tuple[list, Kept]:
         """Evaluate the jaxpr; returns its results and what the backward sweep needs."""

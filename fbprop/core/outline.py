@@ -8,7 +8,6 @@ is computed on the way, one call takes their place, for which the table may have
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Mapping
@@ -69,8 +68,7 @@ def _traces(dotted):
         ("float32", "bfloat16"), argument_sets(dotted, axis=[0], keepdims=[False, True])
     ):
         fun = functools.partial(resolve(dotted), **dict(options))
-        with contextlib.suppress(TypeError):  # not every function takes bfloat16
-            found[tuple(map(_kind, traced(fun, dotted, dtype)))] = None
+        found[tuple(map(_kind, traced(fun, dotted, dtype)))] = None
     return [kinds for kinds in found if len(kinds) > 1]
 
 

@@ -106,7 +106,7 @@ FAMILIES = {
         jax.nn.softmax({f})
         jax.nn.log_softmax({f}, 0)
         jax.nn.logsumexp({f}, -1)
-        jax.nn.standardize({f})
+        jax.nn.standardize({f}) * {f}
         jnp.cumsum({x}, 0)
         jnp.cumprod({x}, -1)
         lax.cummax({f})
