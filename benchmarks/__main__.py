@@ -7,6 +7,8 @@ import json
 import os
 import sys
 
+from benchmarks import targets
+
 
 def arguments(argv):
     """The parsed command line of a measurement."""
@@ -25,13 +27,17 @@ def arguments(argv):
     parser.add_argument("--json", metavar="FILE", help="append one line per measurement")
     parser.add_argument("--peers", default="", metavar="NAMES",
                         help="of flax,equinox,torch,torch.compile: whole steps against these too")
+    parser.add_argument("--target", metavar="NAME", help="compile for this device, which need not "
+                        "be there, and run nothing: h100 or v5e")
     parser.add_argument("--list", action="store_true", help="names of the rows, then stop")
     return parser.parse_args(argv)
 
 
 def environment(options):
     """What must be set before JAX is imported."""
-    if options.device:
+    if options.target:
+        targets.prepare(options.target)
+    elif options.device:
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[options.device]
     if options.threads:
         cores = sorted(os.sched_getaffinity(0))
@@ -51,9 +57,9 @@ def main(argv):
     options = arguments(argv)
     environment(options)
     from benchmarks.peers import MODULES
-    from benchmarks.suite import SECONDS, run, selected  # imports JAX
+    from benchmarks.suite import SECONDS, compile_for, run, selected  # imports JAX
 
-    entries = selected(options.only, options.size)
+    entries = selected(options.only, options.size, accelerator=bool(options.target))
     if not entries:
         sys.exit(f"--only names a row, got {options.only!r}: see --list.")
     if unknown := set(filter(None, options.peers.split(","))) - MODULES.keys():
@@ -62,9 +68,11 @@ def main(argv):
         print(*dict.fromkeys(e.name for e in entries), sep="\n")
         return 0
     with open(options.json or os.devnull, "a") as file:
+        write = lambda record: print(json.dumps(record), file=file, flush=True)
+        if options.target:
+            return compile_for(options.target, entries, write)
         peers = list(filter(None, options.peers.split(",")))
-        return run(entries, options.seconds or SECONDS[options.size], options.clock, peers,
-                   lambda record: print(json.dumps(record), file=file, flush=True))
+        return run(entries, options.seconds or SECONDS[options.size], options.clock, peers, write)
 
 
 def _report(command, *files):

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from benchmarks.machine import copy_rate, matmul_rate
+from benchmarks.targets import report as compiled
 
 COLUMNS = (
     ("row", 28), ("size", 27), ("against", 13), ("agree", 8), ("time", 6), ("20%", 6), ("80%", 6),
     ("memory", 7), ("compile", 7), ("ms", 9), ("GFLOP/s", 8), ("peak", 5), ("GB/s", 7), ("copy", 5),
 )
-LEFT = ("row", "size", "against")
+LEFT = "row", "size", "against"
 FLOOR = 1 << 12  # bytes: memory ratios below it count as this over the other, in means
 
 
@@ -64,37 +65,41 @@ def failure(entry, against: str, error: Exception, source: dict) -> dict:
             "error": message, **source}
 
 
-def header() -> str:
+def header(columns=COLUMNS) -> str:
     """Titles of the table's columns."""
-    return _line({name: name for name, _ in COLUMNS})
+    return _line({name: name for name, _ in columns}, columns)
 
 
 def line(r: dict) -> str:
     """One record as a line of the table."""
+    columns, cells = (compiled.COLUMNS, compiled.cells) if "target" in r else (COLUMNS, _cells)
     if "error" in r:
-        named = {k: r[k] for k in LEFT}
-        return f"{_line(named).rstrip()}  FAILED {r['error']}"
+        return f"{_line({k: r[k] for k in LEFT}, columns).rstrip()}  FAILED {r['error']}"
+    return _line(cells(r), columns)
+
+
+def _cells(r):
     low, middle, high = r["time_ratio"]
-    compiled = r["compile_ratio"]
-    return _line({
+    return {
         "row": r["row"], "size": r["size"], "against": r["against"],
         "agree": _number(r["agreement"], "8.0e"),
         "time": f"{middle:.3f}", "20%": f"{low:.3f}", "80%": f"{high:.3f}",
-        "memory": _number(r["memory_ratio"], ".3f"), "compile": _number(compiled, ".2f"),
+        "memory": _number(r["memory_ratio"], ".3f"),
+        "compile": _number(r["compile_ratio"], ".2f"),
         "ms": f"{r['seconds'][0] * 1e3:.3f}",
         "GFLOP/s": _number(r.get("gflops"), ".1f"),
         "peak": _number(r.get("share_of_matmul"), ".0%"),
         "GB/s": _number(r.get("gbytes"), ".1f"), "copy": _number(r.get("share_of_copy"), ".0%"),
-    })
+    }
 
 
 def _number(value, form):
     return "-" if value is None else format(value, form)
 
 
-def _line(cells):
+def _line(cells, columns):
     return " ".join(
-        f"{cells.get(name, ''):{'<' if name in LEFT else '>'}{width}}" for name, width in COLUMNS
+        f"{cells.get(name, ''):{'<' if name in LEFT else '>'}{width}}" for name, width in columns
     )
 
 
@@ -103,26 +108,36 @@ def means(records: list[dict]) -> list[str]:
     groups = defaultdict(list)
     for r in records:
         if "error" not in r:
-            groups[f"{r['kind']} rows against {r['against']}"].append(r)
+            groups[_group(r)].append(r)
     return [f"{name} ({len(group)}): {_mean(group)}" for name, group in sorted(groups.items())]
 
 
+def _group(r):
+    device = f" on {r['target']}" if "target" in r else ""
+    return f"{r['kind']} rows against {r['against']}{device}"
+
+
 def _mean(group):
-    ratios = {
-        "time": [r["time_ratio"][1] for r in group],
-        "memory": [_floored(r["temp_bytes"]) for r in group if r["temp_bytes"]],
-        "compile": [r["compile_ratio"] for r in group if r["compile_ratio"]],
-    }
+    found = defaultdict(list)
+    for r in group:
+        for name, ratio in ratios(r).items():
+            found[name].append(ratio)
     parts = [
         f"{name} {math.exp(np.mean(np.log(values))):.3f} (worst {max(values):.3f})"
-        for name, values in ratios.items() if values
+        for name, values in found.items()
     ]
     return "geometric mean " + ", ".join(parts)
 
 
-def _floored(temp_bytes):
-    ours, theirs = (max(b, FLOOR) for b in temp_bytes)
-    return ours / theirs
+def ratios(r: dict) -> dict[str, float]:
+    """fbprop / other of a record, by title of the column; very small figures count as more."""
+    if "target" in r:
+        return compiled.ratios(r)
+    found = {"time": r["time_ratio"][1]}
+    if r["temp_bytes"]:
+        ours, theirs = (max(b, FLOOR) for b in r["temp_bytes"])
+        found["memory"] = ours / theirs
+    return found | ({"compile": r["compile_ratio"]} if r["compile_ratio"] else {})
 
 
 class Progress:
@@ -154,7 +169,8 @@ def read(path) -> list[dict]:
 def compare(before: list[dict], after: list[dict]) -> list[str]:
     """What moved between two results files: rows whose 20-80% intervals do not overlap.
 
-    Largest change first; then memory that changed, failures, and rows in one file only.
+    Largest change first, memory and whatever else a compiler counts among them; then failures, and
+    rows in one file only.
     """
     old, new = ({_key(r): r for r in records} for records in (before, after))
     lines = [f"{' '.join(k)}: only in the {'first' if k in old else 'second'} file"
@@ -171,7 +187,7 @@ def compare(before: list[dict], after: list[dict]) -> list[str]:
 
 
 def _key(r):
-    return r["row"], r["size"], r["against"]
+    return tuple(r[name] for name in (*LEFT, "target") if name in r)
 
 
 def _state(r):
@@ -179,13 +195,14 @@ def _state(r):
 
 
 def _changes(a, b):
-    (low, middle, high), (low_b, middle_b, high_b) = a["time_ratio"], b["time_ratio"]
-    if low_b > high or high_b < low:
-        yield f"time ratio {middle:.3f} -> {middle_b:.3f}", middle_b / middle
-    if a["temp_bytes"] and b["temp_bytes"]:
-        old, new = _floored(a["temp_bytes"]), _floored(b["temp_bytes"])
-        if abs(math.log(new / old)) > 0.01:
-            yield f"memory ratio {old:.3f} -> {new:.3f}", new / old
+    old, new = ratios(a), ratios(b)
+    for name in old.keys() & new.keys() - {"compile"}:
+        change, moved = new[name] / old[name], abs(math.log(new[name] / old[name])) > 0.01
+        if "time_ratio" in a and name == "time":
+            (low, _, high), (low_b, _, high_b) = a["time_ratio"], b["time_ratio"]
+            moved = low_b > high or high_b < low
+        if moved:
+            yield f"{name} ratio {old[name]:.3f} -> {new[name]:.3f}", change
 
 
 def markdown(records: list[dict], only: str = "") -> list[str]:
@@ -195,10 +212,15 @@ def markdown(records: list[dict], only: str = "") -> list[str]:
       only: parts of names of rows, separated by commas; all rows by default.
     """
     records = [r for r in records if any(p in r["row"] for p in only.split(","))]
-    lines = ["| row | size | against | time | temporary memory |", "|---|---|---|---|---|"]
+    titles = ["row", "size", "against"]
+    if any("target" in r for r in records):
+        shown = {"temporary memory": "memory", "bytes moved": "moved", "kernels": "kernels"}
+    else:
+        shown = {"time": "time", "temporary memory": "memory"}
+    lines = [f"| {' | '.join([*titles, *shown])} |", "|---" * (len(titles) + len(shown)) + "|"]
     for r in records:
         if "error" not in r:
-            memory = _number(r["memory_ratio"], ".2f")
-            cells = r["row"], r["size"], r["against"], f"{r['time_ratio'][1]:.2f}", memory
-            lines.append(f"| {' | '.join(cells)} |")
+            found = ratios(r)
+            shares = [_number(found.get(name), ".2f") for name in shown.values()]
+            lines.append(f"| {' | '.join([*map(r.get, titles), *shares])} |")
     return [*lines, "", *means(records)]

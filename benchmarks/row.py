@@ -78,7 +78,7 @@ class Entry(NamedTuple):
     kind: str
     dims: tuple[int, ...]
     make: Callable
-    gpu_only: bool
+    accelerator: bool
 
     @property
     def size(self):
@@ -92,12 +92,12 @@ class Entry(NamedTuple):
 _ENTRIES: dict[str, list[Entry]] = {size: [] for size in SIZES}
 
 
-def row(kind="operation", gpu_only=False, **sizes):
+def row(kind="operation", accelerator=False, **sizes):
     """Decorator: put ``make(draw, *dims) -> Row`` in the table, once per tuple of sizes."""
 
     def register(make):
         for size, tuples in sizes.items():
-            _ENTRIES[size] += [Entry(make.__name__, kind, d, make, gpu_only) for d in tuples]
+            _ENTRIES[size] += [Entry(make.__name__, kind, d, make, accelerator) for d in tuples]
         return make
 
     return register

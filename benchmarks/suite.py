@@ -9,22 +9,30 @@ import jax
 
 import benchmarks.rows  # noqa: F401  (fills the table of rows)
 import fbprop
-from benchmarks import adam, machine, report
+from benchmarks import adam, machine, report, targets
 from benchmarks.meter import measure, measure_peer
 from benchmarks.peers import missing, step
 from benchmarks.row import entries
+from benchmarks.targets import compiled
+from benchmarks.targets import report as compiled_report
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SECONDS = {"smoke": 0.1, "small": 1.0, "full": 5.0}
 
 
-def selected(only: str, size: str):
-    """Rows whose name contains one of the comma-separated patterns, or equals it after ``=``."""
+def selected(only: str, size: str, accelerator: bool = False):
+    """Rows whose name contains one of the comma-separated patterns, or equals it after ``=``.
+
+    Args:
+      accelerator: whether rows at an accelerator's sizes are among them; where there is a GPU
+        they are.
+    """
     patterns = only.split(",")
+    accelerator = accelerator or jax.default_backend() == "gpu"
     return [
         e for e in entries(size)
         if any(e.name == p[1:] if p.startswith("=") else p in e.name for p in patterns)
-        and (jax.default_backend() == "gpu" or not e.gpu_only)
+        and (accelerator or not e.accelerator)
     ]
 
 
@@ -33,11 +41,35 @@ def run(chosen, seconds, clock, peers, write) -> int:
     source = {**machine.provenance(), "clock": clock}
     absent = missing(peers)
     _introduce(source, absent)
-    print(report.header())
+    present = [p for p in peers if p not in absent]
+    return _table(chosen, lambda e: _records(e, seconds, source, present), write, report.COLUMNS)
+
+
+def compile_for(target: str, chosen, write) -> int:
+    """Compile rows for a device that need not be there; as `run`, without a run."""
+    on = targets.device(target)
+    source = {"target": target, **machine.provenance(), "device": targets.TARGETS[target].device,
+              "platform": on.platform, "compiler": targets.compiler(target)}
+    print(f"compiled for {source['device']}, jax {jax.__version__}, {source['compiler']}, commit "
+          f"{source['commit']}; Adam in whole steps: fbprop's, against {adam.described()}")
+    print("fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")
+
+    def records(entry):
+        try:
+            measured = compiled.measure(entry.row(), fbprop, jax, on)
+            yield compiled_report.record(measured, entry.kind, source)
+        except Exception as error:
+            yield report.failure(entry, "jax", error, source)
+
+    return _table([e for e in chosen if e.kind != "cost"], records, write, compiled_report.COLUMNS)
+
+
+def _table(chosen, records_of, write, columns) -> int:
+    print(report.header(columns))
     progress, records = report.Progress(len(chosen)), []
     for entry in chosen:
         progress.start(entry)
-        for record in _records(entry, seconds, source, [p for p in peers if p not in absent]):
+        for record in records_of(entry):
             progress.clear()
             print(report.line(record), flush=True)
             write(record)

@@ -159,7 +159,7 @@ def test_plain_adam_is_adam():
 
 
 def test_every_row_has_every_size():
-    names = [{e.name for e in entries(size) if not e.gpu_only} for size in SIZES]
+    names = [{e.name for e in entries(size) if not e.accelerator} for size in SIZES]
     assert names[0] == names[1] == names[2]
     assert len(names[0]) > 30
 

@@ -95,7 +95,7 @@ def gpt_step(draw, B, T, L, D, V):
     return training_step(gpt_loss(4), params, [tokens], flops=gpt_flops(B, T, L, D, V))
 
 
-@row("step", gpu_only=True, full=[(B, 1024, 12, 768, 50304) for B in (64, 32, 16)])
+@row("step", accelerator=True, full=[(B, 1024, 12, 768, 50304) for B in (64, 32, 16)])
 def gpt2_124m_step(draw, B, T, L, D, V):
     """Share of the measured bfloat16 matmul rate is its model-flops utilisation."""
     params = gpt_params(draw, L, T, D, V)

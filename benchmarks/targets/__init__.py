@@ -1,0 +1,77 @@
+"""Accelerators that need not be there: XLA compiles whole programs for a device's description."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+DESCRIPTION = Path(__file__).parent / "h100.txt"
+
+
+class Target(NamedTuple):
+    """A device to compile for.
+
+    Attributes:
+      device: its name in words.
+      extra: the optional extra of the package that installs its compiler; package: a module of it.
+      environment: what must be set before JAX is imported; flags: added to ``XLA_FLAGS``.
+      topology: arguments of `jax.experimental.topologies.get_topology_desc`.
+    """
+
+    device: str
+    extra: str
+    package: str
+    environment: dict
+    topology: dict
+    flags: str = ""
+
+
+TARGETS = {
+    "h100": Target(
+        "NVIDIA H100 SXM 80 GB", "target-h100", "jax_cuda12_plugin",
+        {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+        {"platform": "cuda", "topology_name": "h100", "topology": "1x1x1"},
+        "--xla_gpu_autotune_level=0",  # autotuning runs kernels
+    ),
+    "v5e": Target(
+        "TPU v5e", "target-v5e", "libtpu",
+        {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+         "TPU_WORKER_HOSTNAMES": "localhost"},
+        {"platform": "tpu", "topology_name": "v5e:2x2"},
+    ),
+}
+
+
+def prepare(name: str) -> None:
+    """Set the environment for a target, before JAX is imported.
+
+    Exits with a sentence if there is no such target or its compiler is not installed.
+    """
+    if name not in TARGETS:
+        sys.exit(f"--target is one of {', '.join(TARGETS)}, got {name!r}.")
+    target = TARGETS[name]
+    if importlib.util.find_spec(target.package) is None:
+        sys.exit(f"--target {name} needs XLA's compiler for the {target.device}, got no module "
+                 f"{target.package}: pip install '.[{target.extra}]'.")
+    os.environ.update(target.environment, JAX_PLATFORMS="cpu")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {target.flags}".strip()
+
+
+def device(name: str):
+    """The first device of a target, to compile for; see `prepare`."""
+    from jax.experimental import topologies
+
+    more = {"target_config": DESCRIPTION.read_text()} if name == "h100" else {}
+    return topologies.get_topology_desc(**TARGETS[name].topology, **more).devices[0]
+
+
+
+
+def compiler(name: str) -> str:
+    """Package and version of what compiles for a target."""
+    package = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}[name]
+    return f"{package} {importlib.metadata.version(package)}"
