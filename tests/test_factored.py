@@ -240,6 +240,8 @@ def equations(jaxpr):
         yield eqn
         if "jaxpr" in eqn.params:
             yield from equations(eqn.params["jaxpr"])
+        if "branches" in eqn.params:  # the form for one device
+            yield from equations(eqn.params["branches"][-1])
 
 
 TALL = {

@@ -15,7 +15,7 @@ from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
 from fbprop.core.factored import Factored
 from fbprop.core.fallback import fallback_rule
-from fbprop.core.recompute import Values, split
+from fbprop.core.recompute import Before, Values, split
 from fbprop.core.rule import Site, Step
 from fbprop.core.table import MissingRule, Table
 
@@ -105,6 +105,7 @@ class Kept(NamedTuple):
 
     values: tuple  # of Plan.keep
     extras: tuple  # of the steps that have a forward of their own, in order
+    before: Before = Before()  # traced values of Plan.made, while they are at hand
 
 
 class Engine(NamedTuple):
@@ -153,6 +154,7 @@ class Engine(NamedTuple):
         env = dict(zip(body.constvars, jc.consts_of(plan.jaxpr)))
         env.update(zip(body.invars, args))
         keep, extras, last = set(plan.keep), [], _last_uses(plan)
+        before = Before()
         for i, (eqn, found) in enumerate(zip(body.eqns, plan.steps)):
             if found and found[2].forward:
                 operands = [env[v] if jc.is_var(v) else jc.literal(v) for v in eqn.invars]
@@ -162,11 +164,12 @@ class Engine(NamedTuple):
             else:
                 outs = jc.bind(eqn, [env[v] if jc.is_var(v) else v.val for v in eqn.invars])
             env.update(zip(eqn.outvars, outs))
+            before.add(plan.made, eqn.outvars, outs)
             for v in last.get(i, ()):
                 if v not in keep:
                     env.pop(v, None)
         outs = [env[v] if jc.is_var(v) else jc.literal(v) for v in body.outvars]
-        return outs, Kept(tuple(env[v] for v in plan.keep), tuple(extras))
+        return outs, Kept(tuple(env[v] for v in plan.keep), tuple(extras), before)
 
     def backward(self, plan: Plan, kept: Kept, cotangents) -> list:
         """Cotangents of the jaxpr's inputs, `ct.ZERO` where nothing flows.
@@ -174,7 +177,8 @@ class Engine(NamedTuple):
         They are arrays, or `Factored` where the plan says that these are welcome.
         """
         body = jc.open_jaxpr(plan.jaxpr)
-        values, extras = Values(plan.keep, plan.made, kept.values), list(kept.extras)
+        values = Values(plan.keep, plan.made, kept.values, kept.before)
+        extras = list(kept.extras)
         acc: dict = {}
         for v, dout, w in zip(body.outvars, cotangents, plan.wanted):
             if w and jc.is_var(v):
@@ -188,7 +192,7 @@ class Engine(NamedTuple):
             if all(map(ct.is_zero, douts)):
                 continue
             atoms = (*eqn.invars, *eqn.outvars)
-            wants = [values.of(atoms[i], douts) for i in step.keep]
+            wants = [values.wanted(atoms[i], douts) for i in step.keep]
             values.forget(eqn)
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.core.devices import by_devices, by_platform
 from fbprop.core.opaque import held
 from fbprop.core.scatter import are_whole_rows, merged, scatter_add
 
@@ -26,7 +27,7 @@ _UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
 
 
 class Factored:
-    """Base of the two forms: ``shape``, ``dtype``, ``dense()`` and ``add_to(array)``."""
+    """Base of the forms: ``shape``, ``dtype``, ``dense()`` and ``add_to(array)``."""
 
     def __repr__(self):
         return f"<{type(self).__name__} {jnp.dtype(self.dtype).name}{list(self.shape)}>"
@@ -101,7 +102,7 @@ class Contraction(Factored):
         dimensions, because XLA copies x then (one core, float32).
         """
         if self.formulation():
-            return lax.platform_dependent(self, cpu=_turned, default=Contraction._in_order)
+            return by_platform(self, cpu=_turned, default=Contraction._in_order)
         return self._in_order()
 
     def _in_order(self, hold=lambda out: out):
@@ -110,10 +111,17 @@ class Contraction(Factored):
         return out if in_order else lax.transpose(hold(out), np.argsort(self.order))
 
     def _product(self):
-        x, y = (self.x, self.over[0], self.batch[0]), (self.y, self.over[1], self.batch[1])
-        if "out_sharding" not in self.options and all(map(_consecutive, self.over)):
-            x, y = _merged(*x), _merged(*y)
-        (x, over_x, batch_x), (y, over_y, batch_y) = x, y
+        merges = "out_sharding" not in self.options and all(map(_consecutive, self.over))
+        if not merges or len(self.over[0]) < 2:
+            return self._over_all(self.x, self.y)
+        return by_devices(self.x, self.y, one=self._over_merged, several=self._over_all)
+
+    def _over_all(self, x, y):
+        return lax.dot_general(x, y, (self.over, self.batch), **self.options)
+
+    def _over_merged(self, x, y):
+        x, over_x, batch_x = _merged(x, self.over[0], self.batch[0])
+        y, over_y, batch_y = _merged(y, self.over[1], self.batch[1])
         return lax.dot_general(x, y, ((over_x, over_y), (batch_x, batch_y)), **self.options)
 
     def formulation(self) -> str:
@@ -169,6 +177,33 @@ class Contraction(Factored):
 
 
 @jax.tree_util.register_pytree_node_class
+class Sums(Factored):
+    """An array summed over some of its dimensions, in another shape: not yet done."""
+
+    def __init__(self, x, axes, shape):
+        self.x, self.axes, self.shape = x, tuple(axes), tuple(shape)
+
+    def tree_flatten(self):
+        return (self.x,), (self.axes, self.shape)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        return cls(*arrays, *static)
+
+    @property
+    def dtype(self):
+        return self.x.dtype
+
+    def dense(self) -> jax.Array:
+        """The cotangent as an array."""
+        return lax.reshape(jnp.sum(self.x, self.axes), self.shape)
+
+    def over_steps(self, x) -> Sums:
+        """The sum of this over the first axis, which x has besides."""
+        return Sums(x, (0, *_shifted(self.axes)), self.shape)
+
+
+@jax.tree_util.register_pytree_node_class
 class Rows(Factored):
     """Zeros but for ``values`` added at ``indices``: what looking up a few rows of a table leaves.
 
@@ -205,10 +240,17 @@ class Rows(Factored):
 
     def dense(self) -> jax.Array:
         """The cotangent as an array."""
-        return self.add_to(jnp.zeros(self.shape, self.values.dtype))
+        return self._added(jnp.zeros(self.shape, self.values.dtype), self.indices, self.values)
 
     def add_to(self, total):
-        return scatter_add(total, self.indices, self.values, self.numbers, self.options)
+        """``total`` with these added, in its place; what devices have of it adds up afterwards."""
+        return by_devices(
+            total, self.indices, self.values, one=self._added,
+            several=lambda total, *rows: total + self._added(lax.full_like(total, 0), *rows),
+        )
+
+    def _added(self, total, indices, values):
+        return scatter_add(total, indices, values, self.numbers, self.options)
 
     def map(self, fun: Callable[[jax.Array], jax.Array]) -> Rows:
         """The same rows of other values: ``fun`` of these, elementwise."""

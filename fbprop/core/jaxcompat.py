@@ -135,6 +135,15 @@ def cpu_respects_barriers():
     return _jaxlib_version() >= (0, 12, 0)
 
 
+def is_for_one_device(ctx):
+    """Whether what is lowered (`jax.interpreters.mlir.LoweringRuleContext`) is for one device.
+
+    Unknown, as of an export for a mesh without devices, counts as several.
+    """
+    where = ctx.module_context.axis_context
+    return getattr(where, "num_devices", None) == 1
+
+
 def _jaxlib_version():
     return tuple(int(n) for n in re.findall(r"\d+", jaxlib.__version__)[:3])
 

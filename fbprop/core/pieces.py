@@ -13,6 +13,7 @@ from typing import NamedTuple
 from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
 from fbprop.core.engine import Flow, Kept, Plan
+from fbprop.core.recompute import Before
 from fbprop.core.unknown import ERRORS
 from fbprop.core.written import as_written
 
@@ -105,8 +106,9 @@ class Pieces:
             if not found or not reached.isdisjoint(piece.outs):
                 found.insert(0, (piece, kept))
                 reached.update(v for v, r in zip(piece.ins, piece.plan.reached) if r)
-        values, extras = zip(*(kept for _, kept in found))
-        return tuple(p for p, _ in found), Kept(sum(values, ()), sum(extras, ()))
+        values, extras, before = zip(*(kept for _, kept in found))
+        before = Before(itertools.chain(*(b.items() for b in before)))
+        return tuple(p for p, _ in found), Kept(sum(values, ()), sum(extras, ()), before)
 
 
 def backward(engine, pieces, kept, douts):
@@ -115,9 +117,10 @@ def backward(engine, pieces, kept, douts):
     Args:
       pieces, kept: see `Pieces.finish`; douts: cotangents of the last piece's results.
     """
-    values, extras = map(iter, kept)
+    values, extras = map(iter, (kept.values, kept.extras))
     parts = [
-        Kept(_next(values, len(p.plan.keep)), _next(extras, p.plan.n_extras)) for p in pieces
+        Kept(_next(values, len(p.plan.keep)), _next(extras, p.plan.n_extras), kept.before)
+        for p in pieces
     ]
     acc = {}
     for piece, part in zip(reversed(pieces), reversed(parts)):

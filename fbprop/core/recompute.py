@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbprop.core import jaxcompat as jc
-from fbprop.core.opaque import held, is_number_in_trace
+from fbprop.core.opaque import either, held, is_number_in_trace
 
 # Elementwise arithmetic that a processor does as fast as it reads, and moving things about. No
 # exponentials, roots, reductions or products: those are kept.
 CHEAP = frozenset((
     "abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "concatenate",
     "convert_element_type", "copy", "copy_p", "custom_jvp_call", "div", "dynamic_slice", "eq",
-    "expand_dims", "gather", "ge", "gt", "imag", "integer_pow", "iota", "is_finite", "jit", "le",
-    "lt", "max", "min", "mul", "name", "ne", "neg", "not", "one_minus_square", "or", "pad", "real",
-    "rem", "reshape", "rev", "select_n", "sign", "slice", "split", "square", "squeeze",
+    "expand_dims", "gather", "ge", "gt", "hold", "imag", "integer_pow", "iota", "is_finite", "jit",
+    "le", "lt", "max", "min", "mul", "name", "ne", "neg", "not", "one_minus_square", "or", "pad",
+    "real", "rem", "reshape", "rev", "select_n", "sign", "slice", "split", "square", "squeeze",
     "stop_gradient", "sub", "transpose", "xor",
 ))
 FURTHEST = 8  # times the size of a value may be computed to make it again
@@ -100,8 +100,6 @@ def is_cheap(eqn) -> bool:
     """Whether an equation is little arithmetic, with everything inside it."""
     if eqn.primitive.name not in CHEAP or eqn.effects:
         return False
-    if any(jc.explicit_sharding(v.aval) for v in eqn.outvars):
-        return False  # one number of such an array, for `held`, is not to be had without moving it
     if eqn.primitive.name == "gather" and (
         jc.nbytes(eqn.outvars[0].aval) < jc.nbytes(eqn.invars[0].aval)
     ):
@@ -122,19 +120,42 @@ def _is_cheap_inside(jaxpr):
     return all(map(is_cheap, jc.open_jaxpr(jaxpr).eqns))
 
 
+class Before(dict):
+    """Values, by variable, that need not be computed again: at hand in the trace they are of.
+
+    A pytree without leaves: what crosses the boundary of a trace goes without them.
+    """
+
+    def add(self, made, variables, values):
+        """Remember the traced ones among those that are to be ``made`` again."""
+        traced = ((v, x) for v, x in zip(variables, values) if isinstance(x, jax.core.Tracer))
+        self.update((v, x) for v, x in traced if v in made)
+
+
+jax.tree_util.register_pytree_node(Before, lambda _: ((), None), lambda *_: Before())
+
+
 class Values:
     """Values of what rules ask for in one backward sweep: stored, or made when asked for.
 
     Args:
       stored, made: see `split`.
-      values: of the stored variables.
+      values: of the stored variables; before: of those made again, where they are at hand.
     """
 
-    def __init__(self, stored, made, values):
+    def __init__(self, stored, made, values, before):
         self.stored, self.made_by, self.made = dict(zip(stored, values)), made, {}
+        self.before = before
+
+    def wanted(self, atom, cotangents):
+        """Value of an atom for a rule that got these result cotangents."""
+        value = self.of(atom, cotangents)
+        if not jc.is_var(atom) or atom not in self.before or value is self.before[atom]:
+            return value
+        return either(self.before[atom], value)
 
     def of(self, atom, cotangents):
-        """Value of an atom, asked for by a rule that got these result cotangents."""
+        """The same, made again if it is not stored."""
         if not jc.is_var(atom):
             return jc.literal(atom)
         if atom in self.stored:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.core.devices import by_platform
 from fbprop.core.jaxcompat import adds_by_compare_and_swap, explicit_sharding, varying_like
 
 _MODES = (
@@ -56,17 +57,17 @@ def scatter_add(total, indices, values, numbers, options):
     """`jax.lax.scatter_add`, by whichever `formulation`."""
     types = jax.typeof(total), indices.shape, values.shape
     if formulation(*types, numbers, options):
-        return _by_platform(total, indices, values, numbers, tuple(options.items()))
+        return _sorted_on_gpus(total, indices, values, numbers, tuple(options.items()))
     return lax.scatter_add(total, indices, values, numbers, **options)
 
 
 # Compiled: un-jitted, both branches would be traced at every call.
 @functools.partial(jax.jit, static_argnames=("numbers", "options"))
-def _by_platform(total, indices, values, numbers, options):
+def _sorted_on_gpus(total, indices, values, numbers, options):
     options = dict(options)
     as_it_stands = functools.partial(lax.scatter_add, dimension_numbers=numbers, **options)
     in_order = functools.partial(add_sorted, numbers=numbers, mode=options["mode"])
-    return lax.platform_dependent(total, indices, values, cuda=in_order, default=as_it_stands)
+    return by_platform(total, indices, values, cuda=in_order, default=as_it_stands)
 
 
 def add_sorted(total, indices, values, numbers, mode):

@@ -9,14 +9,17 @@ convolution's cotangents cost 0.02 of `jax.grad`'s.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.core.devices import by_devices, by_platform
 from fbprop.core.fallback import jax_step
 from fbprop.core.jaxcompat import bind, explicit_sharding, varying_like
 from fbprop.core.rule import Pair
@@ -70,7 +73,7 @@ class Convolution(Pair):
 
         def forward(x, w):
             as_it_stands = lambda x, w: bind(site.eqn, [x, w])[0]
-            y = lax.platform_dependent(x, w, cpu=problem.forward, default=as_it_stands)
+            y = by_platform(x, w, cpu=problem.forward, default=as_it_stands)
             return [y], ()
 
         return step._replace(forward=forward)
@@ -96,7 +99,7 @@ class _Problem:
             p["feature_group_count"],
         )
         self.chosen = formulation(self.x, self.w, self.geometry, self.batch_groups)
-        self.out = site.out_avals[0].dtype
+        self.types = x.dtype, w.dtype
         self.options = {
             "precision": p["precision"], "preferred_element_type": p["preferred_element_type"],
         }
@@ -109,6 +112,11 @@ class _Problem:
     def forward(self, x, w):
         x, w = lax.transpose(x, self.to_x), lax.transpose(w, self.to_w)
         return _back(_convolve(x, w, self.geometry, self.chosen, **self.options), self.to_y)
+
+    def cotangent(self, i, dy, other):
+        """Of operand i, in its type."""
+        d = (self.x_cotangent, self.w_cotangent)[i](dy, other)
+        return d.astype(self.types[i])
 
     def x_cotangent(self, dy, w):
         """x̄ = ȳ, dilated by the strides, ∗ the kernel flipped with its channels exchanged."""
@@ -144,7 +152,7 @@ class _Problem:
         each, least = (
             (self._correlate_taps, 2) if self.chosen == "taps" else (self._correlate, 8)
         )
-        dw = lax.platform_dependent(
+        dw = by_platform(
             x, dy, cpu=lambda x, dy: _sum_images(each, x, dy, self.w, least),
             default=self._correlate,
         )
@@ -192,12 +200,10 @@ def _convolve(x, w, geometry, chosen="convolution", **options):
         numbers = lax.ConvDimensionNumbers(image, (n + 1, n, *range(n)), image)
         return lax.conv_general_dilated(x, w, *geometry[:4], numbers, geometry.groups, **options)
 
-    if chosen != "taps":
-        return ordinary(x, w)
-    dtype = options["preferred_element_type"] or x.dtype
-    return lax.platform_dependent(
-        x, w, cpu=lambda x, w: _convolve_taps(x, w, geometry, dtype), default=ordinary
-    )
+    def taps(x, w):
+        return _convolve_taps(x, w, geometry, options["preferred_element_type"] or x.dtype)
+
+    return by_platform(x, w, cpu=taps, default=ordinary) if chosen == "taps" else ordinary(x, w)
 
 
 def _convolve_taps(x, w, geometry, dtype):
@@ -287,11 +293,26 @@ def _backward(site, kept, dy):
     if _is_empty(site):  # sums of no terms
         return [jnp.zeros(a.shape, a.dtype) for a in site.in_avals]
     problem, kept = _Problem(site), dict(zip(_keep(site), kept))
-    x_active, w_active = site.active
     return [
-        problem.x_cotangent(dy, kept[1]) if x_active else None,
-        problem.w_cotangent(dy, kept[0]) if w_active else None,
+        by_devices(
+            dy, kept[1 - i], one=functools.partial(problem.cotangent, i),
+            several=functools.partial(_transposed, site, i),
+        )
+        if site.active[i] else None
+        for i in (0, 1)
     ]
+
+
+def _transposed(site, i, dy, other):
+    """The cotangent of operand i as automatic differentiation has it.
+
+    It leaves images, channels and their sums where they are; ours, of pixels and images in other
+    places, sends 7 arrays between devices that share out channels where this one sends 3.
+    """
+    def convolved(operand):
+        return bind(site.eqn, [operand, other] if i == 0 else [other, operand])[0]
+
+    return jax.linear_transpose(convolved, site.in_avals[i])(dy)[0]
 
 
 RULES = [

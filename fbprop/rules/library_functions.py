@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core.factored import Rows
-from fbprop.core.rule import Rule, Step, broadcasting, elementwise, rule
+from fbprop.core.rule import Rule, Step, broadcasting, elementwise
 from fbprop.rules.cumulative import below
 from fbprop.rules.direction import direction
 
@@ -53,15 +53,41 @@ def _softmax(dy, out, *, axis):
     return out * (dy + -jnp.sum(dy * out, axis, keepdims=True))
 
 
-def _var(dy, x, *, axis, keepdims, ddof):
-    wide = jnp.dtype(jnp.float32) if x.dtype.itemsize <= 2 else x.dtype
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    dy = (dy if keepdims else jnp.expand_dims(dy, axes)).astype(wide)
-    n = jnp.asarray(math.prod(x.shape[a] for a in axes) - ddof, wide)
-    centred = x.astype(wide) - jnp.mean(x.astype(wide), axes, keepdims=True)
-    # Once more, for what rounding left in the mean: of numbers around 10⁴ it is 3e-6 of x̄.
-    centred = centred - jnp.mean(centred, axes, keepdims=True)
-    return (centred * (dy * (2 / n))).astype(x.dtype)
+# Compiled, as what it stands for is.
+@functools.partial(jax.jit, static_argnames=("axes", "keepdims", "dtype"))
+def _variance(x, ddof, axes, keepdims, dtype):
+    """y and μ."""
+    x = x.astype(jnp.float32 if x.dtype.itemsize <= 2 else x.dtype)
+    mean = jnp.mean(x, axes, keepdims=True)
+    n = math.prod(x.shape[a] for a in axes) - lax.convert_element_type(ddof, x.dtype)
+    y = jnp.sum(lax.square(x - mean), axes, keepdims=keepdims) / n
+    return jnp.where(n > 0, y, jnp.nan).astype(dtype), mean
+
+
+class Variance(Rule):
+    """μ is kept: summed again, by devices that share out what is summed, it would be sent again."""
+
+    def keeps(self):
+        return "x and μ"
+
+    def prepare(self, site):
+        axis, keepdims = site.params["axis"], site.params["keepdims"]
+        (x_aval, *_), (out,) = site.in_avals, site.out_avals
+        axes = tuple(a % x_aval.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+
+        def forward(x, ddof):
+            y, mean = _variance(x, ddof, axes, keepdims, out.dtype)
+            return [y], (mean, ddof)
+
+        def backward(kept, extra, douts):
+            (x,), (mean, ddof), (dy,) = kept, extra, douts
+            dy = (dy if keepdims else jnp.expand_dims(dy, axes)).astype(mean.dtype)
+            n = math.prod(x.shape[a] for a in axes) - lax.convert_element_type(ddof, mean.dtype)
+            dx = (x.astype(mean.dtype) - mean) * (dy * (2 / n))
+            # Less its mean, which rounding left in μ: of numbers around 10⁴ it is 3e-6 of x̄.
+            return [(dx - jnp.mean(dx, axes, keepdims=True)).astype(x.dtype), None]
+
+        return Step((0,), backward, forward)
 
 
 def _hypot(dy, mine, other):
@@ -170,11 +196,9 @@ RULES = [
         _softmax,
     ),
     LogSoftmax("jax.nn.log_softmax", "y = x − log Σ eˣ along axis;  x̄ = ȳ − eʸ Σ ȳ."),
-    rule(
+    Variance(
         "jax.numpy.var",
-        "y = Σ (x − μ)² / (n − ddof) along axis, μ = Σ x / n;  x̄ = 2 ȳ (x − μ) / (n − ddof).  "
-        "Keeps x.",
-        x=_var, ddof=None,
+        "y = Σ (x − μ)² / (n − ddof) along axis, μ = Σ x / n;  x̄ = 2 ȳ (x − μ) / (n − ddof).",
     ),
     broadcasting(
         "jax.numpy.hypot",

@@ -140,6 +140,13 @@ RULES = [
     ),
     linear("name", "y = x, under a name for checkpointing;  x̄ = ȳ", lambda dy: dy),
     rule("tie", "y = x, not before t exists;  x̄ = ȳ", t=None, x=lambda dy: dy),
+    rule(
+        "either", "y = x, or the same computed again (`fbprop.core.opaque`);  x̄ = ȳ",
+        x=lambda dy: dy, again=None,
+    ),
+    rule(
+        "hold", "y = x, not before t exists (`fbprop.core.opaque`);  x̄ = ȳ", x=lambda dy: dy, t=None
+    ),
     pair(
         "optimization_barrier", "y = x, nothing moved across;  x̄ = ȳ, behind a barrier of its own",
         _optimization_barrier,

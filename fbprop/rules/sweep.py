@@ -15,7 +15,7 @@ from jax import lax
 
 from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
-from fbprop.core.factored import Contraction, Factored
+from fbprop.core.factored import Contraction, Factored, Sums
 from fbprop.core.halves import evaluate
 
 
@@ -41,6 +41,12 @@ def in_chunks(run, state, xs, length: int, size: int | None, reverse: bool):
         lambda state, xs: run(state, xs, size), state, xs, length=n, reverse=reverse
     )
     return state, jax.tree.map(lambda y: y.reshape(length, *y.shape[2:]), ys)
+
+
+def _is_view(eqn):
+    """Whether a result is the operand's elements in their order, with other unit dimensions."""
+    views = "broadcast_in_dim", "reduce_sum", "reshape", "squeeze"
+    return eqn.primitive.name in views and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
 
 
 class Sweep:
@@ -72,6 +78,7 @@ class Sweep:
         late = [d for d, late in zip(self.dins, self.late) if late]
         factors = dict.fromkeys(f for d in late for f in jax.tree.leaves(d))
         self.collected = [f for f in factors if f not in self.leaf]
+        self._put_off_sums(range(a), factors)
 
     def _is_late(self, d, summed):
         """Whether the product can wait: its factors are there, or can be collected."""
@@ -81,6 +88,21 @@ class Sweep:
             return False
         steps = [self._steps(f) for f in jax.tree.leaves(d)]
         return all(steps) if summed else isinstance(d, Contraction) and sum(steps) == 1
+
+    def _put_off_sums(self, consts, factors):
+        """The sums of what products wait for anyway (a bias's cotangent) wait with them.
+
+        Of a batch that devices share, each sum would be sent at every step.
+        """
+        made_by = {v: eqn for eqn in jc.open_jaxpr(self.step).eqns for v in eqn.outvars}
+        for i in consts:
+            d = self.dins[i]
+            eqn = None if isinstance(d, Factored) or ct.is_zero(d) else made_by.get(d)
+            while eqn is not None and _is_view(eqn):
+                eqn = made_by.get(eqn.invars[0])
+            if eqn is not None and eqn.primitive.name == "reduce_sum" and eqn.invars[0] in factors:
+                self.dins[i] = Sums(eqn.invars[0], eqn.params["axes"], d.aval.shape)
+                self.late[i] = True
 
     def _steps(self, atom):
         """Whether an atom of the step has a value per step."""

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from cases.case import Case, complex_, real
+from fbprop.core.opaque import either, held
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 ROW_MAJOR = Layout((0, 1))
@@ -44,6 +45,8 @@ CASES = [
     Case("unstack", lambda x: lax.unstack(x, 1), (real(2, 3, 5),)),
     Case("unstack", lambda x: lax.unstack(x, 0)[1], (real(3, 2),), "one"),
     Case("name", lambda x: checkpoint_name(x, "x"), (real(2, 3),)),
+    Case("either", lambda x: either(x, lax.stop_gradient(x)), (real(2, 3),)),
+    Case("hold", lambda x: held(x, jnp.ones(5, x.dtype)), (real(2, 3),)),
     Case("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)),
          (real(2, 3), real(5))),
     Case("optimization_barrier", lambda x: lax.optimization_barrier((x, jnp.arange(3)))[0],
