@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_map
 
+from fbprop.core.devices import by_platform
 from fbprop.core.factored import Rows, dense, is_factored
 from fbprop.optim.arguments import check_alike, check_state, numbers, passes, path_of
 
@@ -142,8 +143,15 @@ def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,
         values = jax.tree.leaves(params) if params_needed else [None] * len(leaves)
         directions, news = [], []
         for g, p, mine in zip(leaves, values, _slots_of_leaves(grads, state.slots, slots)):
-            g = wide(g).merged() if takes_rows and isinstance(g, Rows) else wide(dense(g))
-            direction, new = rule(g, mine, scalars(g.dtype), None if p is None else wide(p))
+            rows = takes_rows and isinstance(g, Rows)
+            g, p = wide(g if rows else dense(g)), None if p is None else wide(p)
+            others = mine, scalars(g.dtype), p
+            if rows:
+                direction, new = by_platform(
+                    g, *others, cpu=_of_merged(rule), default=_of_dense(rule)
+                )
+            else:
+                direction, new = rule(g, *others)
             directions.append(direction)
             # Gradients wider than the parameters must not change the state's type.
             news.append(tree_map(lambda n, old: n.astype(old.dtype), new, mine))
@@ -151,6 +159,19 @@ def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,
         return tree.unflatten(directions), state
 
     return part(init, update, takes_factored=True)
+
+
+def _of_merged(rule):
+    """Of rows on CPUs: they are added where they belong, without a table of zeros."""
+    return lambda g, *others: rule(g.merged(), *others)
+
+
+def _of_dense(rule):
+    """Of rows elsewhere, in one pass over the table: adding them to each slot takes three more.
+
+    ``word_embedding_step`` moves 1.11 of what `jax.grad` and Optax move on an H100, 1.19 by rows.
+    """
+    return lambda g, *others: rule(g.dense(), *others)
 
 
 def _slots_of_leaves(grads, kept, slots) -> list[dict[str, Any]]:
