@@ -15,7 +15,8 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description="fbprop against jax.grad of the same plain code.",
         epilog="python -m benchmarks compare A.json B.json: what moved. "
-               "python -m benchmarks markdown A.json [PATTERN]: the table for a README.")
+               "python -m benchmarks markdown A.json [PATTERN]: the table for a README. "
+               "python -m benchmarks device --help: an accelerator at hand for minutes.")
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name contains it "
                         "(several: a,b); the whole name with = in front")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what JAX takes")
@@ -54,6 +55,8 @@ def environment(options):
 def main(argv):
     if argv[:1] == ["compare"] or argv[:1] == ["markdown"]:
         return _report(*argv)
+    if argv[:1] == ["device"]:
+        return _device(argv[1:])
     options = arguments(argv)
     environment(options)
     from benchmarks.peers import MODULES
@@ -73,6 +76,23 @@ def main(argv):
             return compile_for(options.target, entries, write)
         peers = list(filter(None, options.peers.split(",")))
         return run(entries, options.seconds or SECONDS[options.size], options.clock, peers, write)
+
+
+def _device(argv):
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks device",
+        description="What matters most on an accelerator that is at hand for minutes.")
+    parser.add_argument("--json", metavar="FILE", required=True,
+                        help="append each result as it comes")
+    parser.add_argument("--size", choices=("smoke", "small", "full"), default="full")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing is started")
+    parser.add_argument("--seconds", type=float, help="sampling time per row")
+    options = parser.parse_args(argv)
+    from benchmarks import device  # imports JAX
+
+    with open(options.json, "a") as file:
+        return device.run(options.size, options.minutes, options.seconds,
+                          lambda record: print(json.dumps(record), file=file, flush=True))
 
 
 def _report(command, *files):

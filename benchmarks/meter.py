@@ -96,10 +96,12 @@ def measure_peer(row: Row, ours, peer: str, make_step, seconds, clock=time.perf_
     # An epoch has one loss per step; those after the first depend on the learning rate.
     loss = np.ravel(np.float64(program(*_copies(row.probe))[1]))[0]
     difference = abs(run() - loss) / abs(loss)
-    if not difference <= PEER_TOLERANCE:
+    # Of 16-bit steps, whose own tolerance is 0.1, the loss is a mean over all tokens.
+    tolerance = max(PEER_TOLERANCE, row.tolerance / 10)
+    if not difference <= tolerance:
         raise Disagreement(
             f"A peer computes the same loss from the same parameters, got a relative difference "
-            f"of {difference:.2e} expected at most {PEER_TOLERANCE:.0e}: fix its model."
+            f"of {difference:.2e} expected at most {tolerance:.0e}: fix its model."
         )
     return Measurement(row, peer, difference, interleave([_runner(row, program), run], seconds,
                                                          clock))
@@ -135,7 +137,8 @@ def relative_difference(got, expected) -> float:
 
 
 def _leaf_difference(got, expected):
-    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
+    wide = np.complex128 if jnp.iscomplexobj(expected) else np.float64
+    got, expected = (np.asarray(x, wide) for x in (got, expected))
     if got.size == 0 or np.array_equal(got, expected):
         return 0.0
     scale = np.max(np.abs(expected))

@@ -42,7 +42,7 @@ def run(chosen, seconds, clock, peers, write) -> int:
     absent = missing(peers)
     _introduce(source, absent)
     present = [p for p in peers if p not in absent]
-    return _table(chosen, lambda e: _records(e, seconds, source, present), write, report.COLUMNS)
+    return _table(chosen, lambda e: records(e, seconds, source, present), write, report.COLUMNS)
 
 
 def compile_for(target: str, chosen, write) -> int:
@@ -54,14 +54,15 @@ def compile_for(target: str, chosen, write) -> int:
           f"{source['commit']}; Adam in whole steps: fbprop's, against {adam.described()}")
     print("fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")
 
-    def records(entry):
+    def compiled_records(entry):
         try:
             measured = compiled.measure(entry.row(), fbprop, jax, on)
             yield compiled_report.record(measured, entry.kind, source)
         except Exception as error:
             yield report.failure(entry, "jax", error, source)
 
-    return _table([e for e in chosen if e.kind != "cost"], records, write, compiled_report.COLUMNS)
+    chosen = [e for e in chosen if e.kind != "cost"]  # those are about running
+    return _table(chosen, compiled_records, write, compiled_report.COLUMNS)
 
 
 def _table(chosen, records_of, write, columns) -> int:
@@ -90,7 +91,7 @@ def _introduce(source, absent):
     print("time, memory, compile: fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")
 
 
-def _records(entry, seconds, source, peers):
+def records(entry, seconds, source, peers):
     """A record per rival; a failure is a line of the table and the exit status, not the end."""
     clock = CLOCKS[source["clock"]]
     rivals = {"jax": lambda: measure(entry.row(), fbprop, jax, seconds, clock)}

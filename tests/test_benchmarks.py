@@ -197,3 +197,9 @@ def test_the_readmes_table_is_that_of_the_results_file():
 def test_the_command_says_what_it_cannot_do():
     assert "--only names a row, got 'nothing'" in command("--only", "nothing", status=1)
     assert "compare takes results files, got 1 expected 2" in command("compare", "a", status=1)
+
+
+def test_complex_results_are_compared_whole():
+    a = jnp.array([3.0 + 4.0j])
+    assert relative_difference(a, a) == 0.0
+    assert relative_difference(a, jnp.conj(a)) == pytest.approx(8 / 5)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.peers.torch_layers import (
+    DEVICE,
     Block,
     dense,
     eager,
@@ -71,3 +72,13 @@ def gpt_step(params, batch, wrap=eager):
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     return trained(GPT(params, heads=4), [tensor(batch[0])], loss, wrap)
+
+
+def gpt2_124m_step(params, batch, wrap=eager, heads=12):
+    """bfloat16 by autocast, float32 parameters and loss."""
+    def loss(model, tokens):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    return trained(GPT(params, heads), [tensor(batch[0])], loss, wrap)
