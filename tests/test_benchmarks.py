@@ -187,9 +187,10 @@ def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
     assert "where" not in steps
 
 
-def test_the_readmes_table_is_that_of_the_results_file():
+@pytest.mark.parametrize("name", ["cpu-jax0.10.2", "h100-jax0.12.0.1", "v5e-jax0.12.0.1"])
+def test_the_readmes_tables_are_those_of_the_results_files(name):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    table = command("markdown", "benchmarks/results/cpu-jax0.10.2.json", "_step,_epoch")
+    table = command("markdown", f"benchmarks/results/{name}.json", "_step,_epoch")
     assert len(table.splitlines()) > 20
     assert table in readme
 
