@@ -204,5 +204,7 @@ def test_empty_inputs_give_what_jax_gives(layer, shape):
 
     both = lambda *args: [ad.grad(total, (0, 1))(*args) for ad in (fbprop, jax)]
     got, expected = jax.jit(both)(params, x)
+    # To the bit, but for a bias of steps that are not empty: it is summed chunk by chunk.
+    rounding = 1e-6 if layer.name == "gru" else 0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(a, b, rtol=1e-6)  # a bias's is summed in another order
+        np.testing.assert_allclose(a, b, rtol=rounding)

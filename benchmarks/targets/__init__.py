@@ -17,13 +17,15 @@ class Target(NamedTuple):
 
     Attributes:
       device: its name in words.
-      extra: the optional extra of the package that installs its compiler; package: a module of it.
+      extra: the optional extra of the project that installs its compiler; module, package: what it
+        is then found by, and what its version is of.
       environment: what must be set before JAX is imported; flags: added to ``XLA_FLAGS``.
       topology: arguments of `jax.experimental.topologies.get_topology_desc`.
     """
 
     device: str
     extra: str
+    module: str
     package: str
     environment: dict
     topology: dict
@@ -32,13 +34,14 @@ class Target(NamedTuple):
 
 TARGETS = {
     "h100": Target(
-        "NVIDIA H100 SXM 80 GB", "target-h100", "jax_cuda12_plugin",
+        "NVIDIA H100 SXM 80 GB", "target-h100", "jax_cuda12_plugin", "jax-cuda12-plugin",
         {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
-        {"platform": "cuda", "topology_name": "h100", "topology": "1x1x1"},
+        {"platform": "cuda", "topology_name": "h100", "topology": "1x1x1",
+         "target_config": DESCRIPTION.read_text()},
         "--xla_gpu_autotune_level=0",  # autotuning runs kernels
     ),
     "v5e": Target(
-        "TPU v5e", "target-v5e", "libtpu",
+        "TPU v5e", "target-v5e", "libtpu", "libtpu",
         {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
          "TPU_WORKER_HOSTNAMES": "localhost",
          "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},  # nothing runs: no lock, which would stay in /tmp
@@ -55,9 +58,9 @@ def prepare(name: str) -> None:
     if name not in TARGETS:
         sys.exit(f"--target is one of {', '.join(TARGETS)}, got {name!r}.")
     target = TARGETS[name]
-    if importlib.util.find_spec(target.package) is None:
+    if importlib.util.find_spec(target.module) is None:
         sys.exit(f"--target {name} needs XLA's compiler for the {target.device}, got no module "
-                 f"{target.package}: pip install '.[{target.extra}]'.")
+                 f"{target.module}: pip install '.[{target.extra}]'.")
     os.environ.update(target.environment, JAX_PLATFORMS="cpu")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {target.flags}".strip()
 
@@ -66,13 +69,10 @@ def device(name: str):
     """The first device of a target, to compile for; see `prepare`."""
     from jax.experimental import topologies
 
-    more = {"target_config": DESCRIPTION.read_text()} if name == "h100" else {}
-    return topologies.get_topology_desc(**TARGETS[name].topology, **more).devices[0]
-
-
+    return topologies.get_topology_desc(**TARGETS[name].topology).devices[0]
 
 
 def compiler(name: str) -> str:
     """Package and version of what compiles for a target."""
-    package = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}[name]
+    package = TARGETS[name].package
     return f"{package} {importlib.metadata.version(package)}"

@@ -117,15 +117,19 @@ def _work(name, computations, done):
     return done[name]
 
 
+def trips(i: Instruction) -> int:
+    """How often a loop runs; 1 where XLA does not know, and of anything else."""
+    found = _TRIPS.search(i.rest)
+    return int(found[1]) if found else 1
+
+
 def _of(i, sizes, computations, done):
     called = lambda key: re.findall(rf"{key}=\{{?%?([\w.\-]+)", i.rest)
     inner = lambda key: sum((_work(n, computations, done) for n in called(key)), start=Work())
     if i.opcode in FREE or i.opcode.endswith("-done"):
         return Work()
     if i.opcode == "while":
-        trips = _TRIPS.search(i.rest)
-        n = int(trips[1]) if trips else 1
-        return (inner("body") + inner("condition")).times(n)
+        return (inner("body") + inner("condition")).times(trips(i))
     if i.opcode == "call":
         return inner("to_apply")
     if i.opcode == "conditional":

@@ -112,7 +112,7 @@ class Contraction(Factored):
 
     def _product(self):
         merges = "out_sharding" not in self.options and all(map(_consecutive, self.over))
-        if not merges or len(self.over[0]) < 2:
+        if not merges:
             return self._over_all(self.x, self.y)
         return by_devices(self.x, self.y, one=self._over_merged, several=self._over_all)
 

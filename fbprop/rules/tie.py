@@ -42,9 +42,8 @@ class Tie:
         some = iter(some)
         operands = [next(some) if t else x for x, t in zip(operands, self.tied)]
         traced = [d for d in jax.tree.leaves(cotangents) if is_number_in_trace(d)]
-        if traced and self.held:
-            for i in self.held:
-                operands[i] = held(operands[i], traced[0])
+        for i in self.held if traced else ():
+            operands[i] = held(operands[i], traced[0])
         return operands, saved, cotangents
 
 
