@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core.devices import by_platform
 from fbprop.core.factored import Rows
 from fbprop.core.rule import Rule, Step, broadcasting, elementwise
 from fbprop.rules.cumulative import below
@@ -47,10 +48,25 @@ def _silu(dy, x):
 
 
 def _softmax(dy, out, *, axis):
-    # What is 0 has no slope, whatever reaches it: of -inf among x, the cotangent may be infinite.
-    dy = lax.select(out == 0, lax.full_like(dy, 0), dy)
+    """What is 0 has no slope, whatever reaches it: of -inf among x, the cotangent may be infinite.
+
+    XLA's fused sums on CPUs take no select: masked before the sum, 512 x 1024 take 1.26 of
+    `jax.grad`'s time and 2 MB. So it is summed as it stands, and again if that is not finite.
+    """
     # Minus before the sum: XLA CPU has a fused form of a difference with a sum, 1.1 times as slow.
-    return out * (dy + -jnp.sum(dy * out, axis, keepdims=True))
+    minus_sum = lambda dy, out: -jnp.sum(dy * out, axis, keepdims=True)
+    masked = lambda dy, out: minus_sum(_where_positive(out, dy), out)
+
+    def if_need_be(dy, out):
+        total = minus_sum(dy, out)
+        return lax.cond(jnp.all(jnp.isfinite(total)), lambda *_: total, masked, dy, out)
+
+    total = by_platform(dy, out, cpu=if_need_be, default=masked)
+    return _where_positive(out, out * (dy + total))
+
+
+def _where_positive(out, x):
+    return lax.select(out == 0, lax.full_like(x, 0), x)
 
 
 # Compiled, as what it stands for is.
