@@ -108,22 +108,29 @@ def entries(size: str) -> list[Entry]:
     return list(_ENTRIES[size])
 
 
-def operation(function, inputs, fixed=(), **figures) -> Row:
+def operation(function, inputs, fixed=(), ours=None, **figures) -> Row:
     """Value and pullback of ``function(*inputs, *fixed)`` at a random cotangent, w.r.t. inputs.
 
-    The value is returned and the cotangent is an argument, so neither sweep can be optimised away.
+    Of an operation of `fbprop.ops`, ``function`` is the plain code, which JAX differentiates, and
+    ``ours`` the operation. The value is returned and the cotangent is an argument, so neither sweep
+    can be optimised away.
     """
     out = jax.eval_shape(function, *inputs, *fixed)
     dy = _cotangent(out.shape, out.dtype)
 
     def build(ad):
         def run(inputs, fixed, dy):
-            y, pullback = ad.vjp(lambda *x: function(*x, *fixed), *inputs)
+            y, pullback = ad.vjp(lambda *x: chosen(ad, function, ours)(*x, *fixed), *inputs)
             return y, pullback(dy)
 
         return run
 
     return Row(build, (tuple(inputs), tuple(fixed), dy), **figures)
+
+
+def chosen(ad, plain, ours):
+    """Plain code for JAX; for fbprop ``ours``, if there is that."""
+    return ours if ours and ad.__name__ == "fbprop" else plain
 
 
 def _cotangent(shape, dtype):
@@ -153,6 +160,7 @@ def looped(function, inputs, fixed, **figures) -> Row:
     return Row(build, (tuple(inputs), tuple(fixed), dys), **figures)
 
 
-def loss_gradient(loss, params, fixed=(), **figures) -> Row:
+def loss_gradient(loss, params, fixed=(), ours=None, **figures) -> Row:
     """Value and gradient of the scalar ``loss(params, *fixed)`` with respect to ``params``."""
-    return Row(lambda ad: ad.value_and_grad(loss), (params, *fixed), **figures)
+    build = lambda ad: ad.value_and_grad(chosen(ad, loss, ours))
+    return Row(build, (params, *fixed), **figures)

@@ -244,7 +244,7 @@ ERRORS = {
                        lambda: nn.attention(1).init(KEY, X)),
     "heads": (ValueError, "got heads=2 expected a divisor of 3 features",
               lambda: nn.attention(2).init(KEY, SEQUENCE)),
-    "attention_key": (ValueError, "'dropout' draws random numbers in training, got key=None",
+    "attention_key": (ValueError, "draws what is left out, got key=None",
                       lambda: nn.attention(1, dropout=0.5).apply(
                           nn.attention(1).init(KEY, SEQUENCE), SEQUENCE, train=True)),
     "attention_dropout": (ValueError, r"got 2 expected a number in \[0, 1\)",

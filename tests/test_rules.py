@@ -63,7 +63,7 @@ def ours(case, primals, cotangent, rules=None):
 
 
 def theirs(case, primals, cotangent):
-    return jax.vjp(case.fun, *primals)[1](cotangent)
+    return jax.vjp(case.plain or case.fun, *primals)[1](cotangent)
 
 
 def floats(values):
@@ -77,15 +77,16 @@ def operands(case, seed=0):
     return primals, jax.tree.map(lambda d: rounded(np.asarray(d)), cotangent)
 
 
-def second_order(outer, inner, case, primals, cotangent):
+def second_order(outer, inner, case, primals, cotangent, fun=None):
     """Gradient of a function of the gradient."""
+    fun = fun or case.fun
     real = [i for i, p in enumerate(primals) if jc.differentiable(jax.typeof(p))]
 
     def scalar(*moving):
         values = list(primals)
         for i, v in zip(real, moving):
             values[i] = v
-        cts = inner(case.fun, *values)[1](cotangent)
+        cts = inner(fun, *values)[1](cotangent)
         return sum(jnp.sum(jnp.real(cts[i] * cts[i]) / 2 + jnp.real(cts[i])) for i in real)
 
     return outer(scalar, tuple(range(len(real))))(*[primals[i] for i in real])
@@ -99,6 +100,23 @@ def array(x):
 def low_precision(case, primals, cotangent, dtype):
     low = cast(primals, dtype)
     return ours(case, low, like(cotangent, jax.eval_shape(case.fun, *low)))
+
+
+def under_jax(case, p, d):
+    """An operation by JAX's own transformations, and the same of its plain code: pairs."""
+    tangents = tuple(
+        jnp.cos(x) if jc.differentiable(jax.typeof(x)) else np.zeros(x.shape, FLOAT0) for x in p)
+    of_batch = lambda fun: lambda *x: jax.vmap(fun)(*(jnp.stack([a, a]) for a in x))
+    twice = jax.tree.map(lambda y: jnp.stack([y, y]), d)
+    return {
+        what: (by(case.fun), by(case.plain)) for what, by in {
+            "value": lambda fun: fun(*p),
+            "reverse": lambda fun: floats(jax.vjp(fun, *p)[1](d)),
+            "forward": lambda fun: jax.jvp(fun, p, tangents)[1],
+            "second order": lambda fun: second_order(jax.grad, jax.vjp, case, p, d, fun),
+            "batch within": lambda fun: floats(jax.vjp(of_batch(fun), *p)[1](twice)),
+        }.items() if case.order == 2 or what != "second order"
+    }
 
 
 @functools.lru_cache(8)
@@ -119,9 +137,11 @@ def results(case):
             found["other"] = theirs(case, *given[1])
         if case.order == 2:
             found["second"] = [
-                second_order(outer, inner, case, p, d)
-                for outer, inner in [(jax.grad, jax.vjp), (fbprop.grad, fbprop.vjp)]
+                second_order(jax.grad, jax.vjp, case, p, d, case.plain),
+                second_order(fbprop.grad, fbprop.vjp, case, p, d),
             ]
+        if case.plain:
+            found["under jax"] = under_jax(case, p, d)
         if case.differences:
             found["differences"] = finite_differences(case.fun, p, d)
         return found
@@ -184,6 +204,16 @@ def test_vmap_is_a_loop(case, x64):
         one = jax.tree.map(lambda x, i=i: x[i], found["vmap"])
         tolerance = case.tolerance.get("jax", 1e-12)
         assert_ok(compare(floats(primals), one, floats(expected), "vmap", tolerance))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in CASES if c.plain],
+                         scope="module")
+def test_operations_are_their_plain_code_to_jax(case, x64):
+    _, found = results(case)
+    for what, (got, expected) in found["under jax"].items():
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            scale = 1e-11 * max(1, float(np.abs(e).max(initial=0)))
+            np.testing.assert_allclose(g, e, rtol=1e-11, atol=scale, err_msg=what)
 
 
 @by_case

@@ -1,6 +1,7 @@
 """The rows, by kind of code; importing this fills the table."""
 
 from benchmarks.rows import (
+    attention,
     checkpoint,
     contraction,
     convolution,
@@ -17,6 +18,6 @@ from benchmarks.rows import (
 )
 
 __all__ = [
-    "checkpoint", "contraction", "convolution", "costs", "elementwise", "image_steps", "indexing",
-    "other_steps", "pooling", "recurrent", "sequence_steps", "steps", "updates",
+    "attention", "checkpoint", "contraction", "convolution", "costs", "elementwise", "image_steps",
+    "indexing", "other_steps", "pooling", "recurrent", "sequence_steps", "steps", "updates",
 ]

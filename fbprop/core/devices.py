@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
 from fbprop.core import jaxcompat as jc
 
@@ -40,3 +40,60 @@ on_one_device_p.def_abstract_eval(lambda: ShapedArray((), bool))
 mlir.register_lowering(
     on_one_device_p, lambda ctx: [mlir.ir_constant(np.bool_(jc.is_for_one_device(ctx)))]
 )
+
+
+def at_lowering(*operands, default, **forms):
+    """``default(*operands)``, by another form where a program for one device of a platform is made.
+
+    Where `by_platform` traces every form, and differentiates it, this traces a form when a program
+    is lowered for its platform: one that only that platform can trace, or nobody differentiate.
+    Derivatives are those of ``default``.
+
+    Args:
+      *operands: arrays.
+      default: a function of them that returns a list of arrays.
+      **forms: by platform, functions of the same that return the same types.
+    """
+    return at_lowering_p.bind(*operands, default=default, forms=tuple(sorted(forms.items())))
+
+
+def _lowering(platform):
+    def lower(ctx, *xs, default, forms):
+        form = dict(forms).get(platform, default)
+        chosen = form if jc.is_for_one_device(ctx) else default
+        return mlir.lower_fun(lambda *ys: list(chosen(*ys)), multiple_results=True)(ctx, *xs)
+
+    return lower
+
+
+def _types(*avals, default, forms):
+    return jc.out_avals(jax.make_jaxpr(lambda *xs: list(default(*xs)))(*avals))
+
+
+def _jvp(primals, tangents, *, default, forms):
+    moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+    def moved(*values):
+        at = dict(zip(moving, values))
+        return list(default(*(at.get(i, x) for i, x in enumerate(primals))))
+
+    return jax.jvp(moved, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _batch(args, dims, *, default, forms):
+    mapped = lambda f: lambda *xs: jax.vmap(lambda *ys: list(f(*ys)), in_axes=tuple(dims))(*xs)
+    outs = at_lowering(*args, default=mapped(default), **{k: mapped(f) for k, f in forms})
+    return outs, [0] * len(outs)
+
+
+at_lowering_p = Primitive("at_lowering")
+at_lowering_p.multiple_results = True
+at_lowering_p.def_impl(
+    lambda *xs, **params: jax.jit(lambda *ys: at_lowering_p.bind(*ys, **params))(*xs)
+)
+at_lowering_p.def_abstract_eval(_types)
+ad.primitive_jvps[at_lowering_p] = _jvp
+batching.primitive_batchers[at_lowering_p] = _batch
+mlir.register_lowering(at_lowering_p, _lowering(None))
+for platform in ("cpu", "cuda", "tpu"):
+    mlir.register_lowering(at_lowering_p, _lowering(platform), platform=platform)

@@ -12,6 +12,7 @@ from jax import lax
 
 from fbprop.core.devices import by_platform
 from fbprop.core.jaxcompat import adds_by_compare_and_swap, explicit_sharding, varying_like
+from fbprop.core.precision import at_least_float32
 
 _MODES = (
     lax.GatherScatterMode.CLIP,
@@ -81,7 +82,7 @@ def add_sorted(total, indices, values, numbers, mode):
         unique_indices=True, mode="promise_in_bounds"
     )
     differ = functools.reduce(lax.bitwise_or, [c[1:] != c[:-1] for c in columns])
-    wide = values.astype(jnp.float32) if values.dtype.itemsize <= 2 else values
+    wide = at_least_float32(values)
     sums = _sums_of_runs(varying_like(wide, indices), differ)
     # What is not the sum of a whole run goes out of bounds, each to another place.
     outside = order + total.shape[numbers.scatter_dims_to_operand_dims[0]]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
+from fbprop import ops
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
 from fbprop.nn.linear import dense
@@ -14,8 +13,6 @@ from fbprop.nn.regularization import dropout as dropout_layer
 from fbprop.nn.shapes import (
     check_sequence,
     parameter,
-    sequence_mask,
-    wide_dtype,
     without_padding,
 )
 
@@ -52,7 +49,7 @@ def attention(heads: int, *, causal: bool = True, dropout: float = 0.0, bias: bo
       >>> apply(params, x, lengths=jnp.array([5, 1, 2])).shape, params["qkv"]["kernel"].shape
       ((3, 5, 4), (4, 12))
     """
-    drop = dropout_layer(dropout)
+    dropout_layer(dropout)  # says what is wrong with a rate that is no probability
 
     def projections(x):
         check_sequence(name, x)
@@ -74,14 +71,8 @@ def attention(heads: int, *, causal: bool = True, dropout: float = 0.0, bias: bo
         each = qkv.apply(parameter(name, params, "qkv"), x)
         q, k, v = jnp.split(each, 3, axis=-1)
         q, k, v = (_by_head(a, heads) for a in (q, k, v))
-        scores = _scores(q, k)
-        mask = _mask(x.shape[1], causal, lengths)
-        if mask is not None:  # the lowest number, not -inf: a sequence of length 0 stays finite
-            lowest = jnp.asarray(jnp.finfo(scores.dtype).min, scores.dtype)
-            scores = jnp.where(mask, scores, lowest)
-        shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        shares = drop.apply({}, shares, key=key, train=train)
-        y = jnp.einsum("bhts,bshd->bthd", shares, v)
+        y = ops.attention(
+            q, k, v, causal=causal, lengths=lengths, dropout=dropout if train else 0.0, key=key)
         y = out.apply(params["out"], y.reshape(x.shape))
         return y if lengths is None else without_padding(y, lengths)
 
@@ -129,19 +120,3 @@ def position_embedding(context: int, *, embedding_init=initializers.normal(0.01)
 
 def _by_head(x, heads):
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def _scores(q, k):
-    """q · k / sqrt(D / heads) [B, H, T, T]; 16-bit products add up in float32."""
-    wide = wide_dtype(q.dtype)
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=wide)
-    return scores / math.sqrt(max(q.shape[-1], 1))  # of no features they are 0
-
-
-def _mask(steps, causal, lengths):
-    """Which keys [s] a query [t] sees: bool, broadcasts to [B, H, t, s]; None: all."""
-    earlier = jnp.tril(jnp.ones((steps, steps), bool)) if causal else None
-    if lengths is None:
-        return earlier
-    real = sequence_mask(lengths, steps)[:, None, None]
-    return real & earlier if causal else real

@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from fbprop.nn.shapes import at_least_float32
+from fbprop.core.precision import at_least_float32
 
 
 def log_mel(signal, *, sample_rate: int, n_fft: int = 400, hop: int = 160, n_mels: int = 80,

@@ -38,7 +38,7 @@ from jax.nn.initializers import (
 )
 from jax.nn.initializers import orthogonal as _orthogonal
 
-from fbprop.nn.shapes import wide_dtype
+from fbprop.core.precision import wide_dtype
 
 xavier_normal, xavier_uniform = glorot_normal, glorot_uniform
 kaiming_normal, kaiming_uniform = he_normal, he_uniform

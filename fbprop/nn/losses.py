@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fbprop.nn.shapes import at_least_float32, counted, mean, no_wrap
+from fbprop.core.precision import at_least_float32
+from fbprop.nn.shapes import counted, mean, no_wrap
 
 
 def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0, where=None):

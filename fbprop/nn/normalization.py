@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core.precision import at_least_float32, wide_dtype
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
-from fbprop.nn.shapes import at_least_float32, check_width, wide_dtype
+from fbprop.nn.shapes import check_width
 
 
 def layer_norm(*, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,

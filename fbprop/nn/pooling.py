@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fbprop.core.precision import at_least_float32
 from fbprop.nn.layer import Layer, function
 from fbprop.nn.shapes import (
-    at_least_float32,
     check_fits,
     check_image,
     check_sequence,

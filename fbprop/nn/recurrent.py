@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core.precision import at_least_float32
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
 from fbprop.nn.shapes import (
-    at_least_float32,
     check_sequence,
     check_width,
     parameter,

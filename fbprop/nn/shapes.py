@@ -25,17 +25,6 @@ def check_image(name: str, x, n: int) -> None:
         )
 
 
-def at_least_float32(x):
-    """``x``, in float32 if it is of 16 bits: a sum of many elements needs more than 8 or 11."""
-    return x.astype(wide_dtype(x.dtype))
-
-
-def wide_dtype(dtype):
-    """``dtype``, float32 if it is of 16 bits."""
-    dtype = jnp.dtype(dtype)
-    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
-
-
 def check_width(name: str, x, width: int) -> None:
     """Raises unless the last dimension of ``x`` is what a layer's parameters are for."""
     if x.shape[-1:] != (width,):

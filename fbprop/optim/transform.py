@@ -24,6 +24,7 @@ from jax.tree_util import tree_map
 
 from fbprop.core.devices import by_platform
 from fbprop.core.factored import Rows, dense, is_factored
+from fbprop.core.precision import wide_dtype
 from fbprop.optim.arguments import check_alike, check_state, numbers, passes, path_of
 
 Schedule = Callable[[jax.Array], Any]
@@ -87,12 +88,7 @@ def increment(count: jax.Array) -> jax.Array:
 
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in the dtype that moments are kept in: float32 for 16-bit and narrower floats."""
-    return x.map(wide) if isinstance(x, Rows) else x.astype(_wide_dtype(x.dtype))
-
-
-def _wide_dtype(dtype):
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.dtype(jnp.float32) if narrow else dtype
+    return x.map(wide) if isinstance(x, Rows) else x.astype(wide_dtype(x.dtype))
 
 
 def abs_squared(x: jax.Array) -> jax.Array:
@@ -102,12 +98,12 @@ def abs_squared(x: jax.Array) -> jax.Array:
 
 def zeros(p: jax.Array) -> jax.Array:
     """A slot's initial value: zeros like the parameter, wide."""
-    return jnp.zeros(p.shape, _wide_dtype(p.dtype))
+    return jnp.zeros(p.shape, wide_dtype(p.dtype))
 
 
 def real_zeros(p: jax.Array) -> jax.Array:
     """As `zeros`, real for a complex parameter: for second moments."""
-    return jnp.zeros(p.shape, jnp.finfo(_wide_dtype(p.dtype)).dtype)
+    return jnp.zeros(p.shape, jnp.finfo(wide_dtype(p.dtype)).dtype)
 
 
 def leafwise(rule: Callable, slots: dict[str, Callable] | None = None, *,

@@ -6,6 +6,7 @@ from fbprop.core.rule import Rule
 from fbprop.core.table import Table
 from fbprop.rules import (
     arithmetic,
+    attend,
     collective,
     complex_numbers,
     contraction,
@@ -34,6 +35,7 @@ FAMILIES = (
     shape,
     reduction,
     contraction,
+    attend,
     convolution,
     window,
     cumulative,

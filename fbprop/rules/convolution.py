@@ -22,6 +22,7 @@ from jax import lax
 from fbprop.core.devices import by_devices, by_platform
 from fbprop.core.fallback import jax_step
 from fbprop.core.jaxcompat import bind, explicit_sharding, varying_like
+from fbprop.core.precision import at_least_float32
 from fbprop.core.rule import Pair
 
 CHUNK_BYTES = 1 << 19  # of operand and result, per step of a loop over images
@@ -174,8 +175,8 @@ class _Problem:
         return jnp.moveaxis(_convolve(x, jnp.moveaxis(dy, 0, -2), turned, **self.options), 0, -2)
 
     def _correlate_taps(self, x, dy):
-        views = _views(_wide(x), self.w[:-2], self.geometry, dy.shape[1:-1])
-        sums = [jnp.sum(view * _wide(dy), range(dy.ndim - 1)) for view in views]
+        views = _views(at_least_float32(x), self.w[:-2], self.geometry, dy.shape[1:-1])
+        sums = [jnp.sum(view * at_least_float32(dy), range(dy.ndim - 1)) for view in views]
         return jnp.stack(sums).reshape(self.w).astype(dy.dtype)
 
 
@@ -215,8 +216,8 @@ def _convolve_taps(x, w, geometry, dtype):
     count = [max((s + lo + hi - k) // stride + 1, 0) for s, k, (lo, hi), stride in sizes]
 
     def each(x):
-        views = _views(_wide(x), w.shape[:n], g, count)
-        taps = _wide(w).reshape(-1, *(1,) * (x.ndim - 1), w.shape[-1])
+        views = _views(at_least_float32(x), w.shape[:n], g, count)
+        taps = at_least_float32(w).reshape(-1, *(1,) * (x.ndim - 1), w.shape[-1])
         return sum(v * t for v, t in zip(views, taps)).astype(dtype)
 
     return _map_images(each, x, (x.shape[0], *count, x.shape[-1]), dtype)
@@ -231,11 +232,6 @@ def _views(x, kernel, geometry, count):
         start = [k * d for k, d in zip(tap, geometry.kernel_dilation)]
         stop = [a + (m - 1) * s + 1 for a, m, s in zip(start, count, geometry.strides)]
         yield lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), strides)
-
-
-def _wide(x):
-    """Products of 16-bit numbers are summed in float32, as XLA's convolutions do."""
-    return x.astype(jnp.float32) if x.dtype.itemsize <= 2 else x
 
 
 def _images_per_chunk(images, bytes_per_image, least):
@@ -274,9 +270,9 @@ def _sum_images(fun, x, dy, shape, least):
     # Slices of x and ȳ as they are: as the operands of a scan, reshaped, they would be copied.
     def add(i, total):
         part = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, dy))
-        return total + _wide(fun(*part))
+        return total + at_least_float32(fun(*part))
 
-    zero = varying_like(jnp.zeros(shape, _wide(dy).dtype), x, dy)
+    zero = varying_like(jnp.zeros(shape, at_least_float32(dy).dtype), x, dy)
     total = lax.fori_loop(0, x.shape[0] // size, add, zero)
     return total.astype(dy.dtype)
 

@@ -66,6 +66,10 @@ RULES = [
         "remat_opt",
     ),
     *_delegated(
+        "its derivative is that of the form for every platform (`fbprop.core.devices`).",
+        "at_lowering",
+    ),
+    *_delegated(
         "a conversion to or from an extended dtype.",
         "from_edtype",
         "to_edtype",

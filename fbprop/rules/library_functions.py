@@ -15,6 +15,7 @@ from jax import lax
 
 from fbprop.core.devices import by_platform
 from fbprop.core.factored import Rows
+from fbprop.core.precision import at_least_float32
 from fbprop.core.rule import Rule, Step, broadcasting, elementwise
 from fbprop.rules.cumulative import below
 from fbprop.rules.direction import direction
@@ -73,7 +74,7 @@ def _where_positive(out, x):
 @functools.partial(jax.jit, static_argnames=("axes", "keepdims", "dtype"))
 def _variance(x, ddof, axes, keepdims, dtype):
     """y and μ."""
-    x = x.astype(jnp.float32 if x.dtype.itemsize <= 2 else x.dtype)
+    x = at_least_float32(x)
     mean = jnp.mean(x, axes, keepdims=True)
     n = math.prod(x.shape[a] for a in axes) - lax.convert_element_type(ddof, x.dtype)
     y = jnp.sum(lax.square(x - mean), axes, keepdims=keepdims) / n

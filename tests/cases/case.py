@@ -22,6 +22,7 @@ class Case:
       name: the rule's name in the table; the traced function must use it.
       fun: function of the operands, written with lax / jax.numpy.
       operands: one spec each, see below; called with a NumPy generator, they give float64.
+      plain: the same in plain code, of an operation; what JAX differentiates in its place.
       label: tells rows of the same name apart.
       at: special points: (operands, {operand index: expected cotangent for ȳ = 1}) in float64.
       dtypes: the lower precisions checked against float64.
@@ -45,6 +46,7 @@ class Case:
     kept: int | None = None
     tolerance: dict = field(default_factory=dict)
     why: str = ""
+    plain: Callable | None = None
 
     def __post_init__(self):
         if bool(self.tolerance) != bool(self.why):

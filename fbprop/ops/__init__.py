@@ -1,0 +1,9 @@
+"""Network operations whose backward pass was derived by hand: pure functions for any JAX program.
+
+Each is a primitive with a rule of its own, so it is cheap under `fbprop.grad` and under `jax.grad`
+alike, and forward mode, second order and `jax.vmap` work (`fbprop.core.operation`).
+"""
+
+from fbprop.ops.attention import attention
+
+__all__ = ["attention"]
