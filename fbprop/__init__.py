@@ -1,6 +1,6 @@
 """fbprop: reverse-mode differentiation for JAX as an open table of hand-written rules."""
 
-from fbprop import data, nn, ops, optim, rules, train
+from fbprop import data, nn, ops, optim, rules, train, watch
 from fbprop.check import CheckFailed, Report, check
 from fbprop.core.cotangent import ZERO, CotangentError
 from fbprop.core.factored import Contraction, Rows
@@ -42,6 +42,7 @@ __all__ = [
     "train",
     "value_and_grad",
     "vjp",
+    "watch",
 ]
 
 

@@ -10,6 +10,7 @@ from benchmarks.rows import (
     image_steps,
     indexing,
     other_steps,
+    per_example,
     pooling,
     recurrent,
     sequence_steps,
@@ -19,5 +20,6 @@ from benchmarks.rows import (
 
 __all__ = [
     "attention", "checkpoint", "contraction", "convolution", "costs", "elementwise", "image_steps",
-    "indexing", "other_steps", "pooling", "recurrent", "sequence_steps", "steps", "updates",
+    "indexing", "other_steps", "per_example", "pooling", "recurrent", "sequence_steps", "steps",
+    "updates",
 ]

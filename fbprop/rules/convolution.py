@@ -62,12 +62,12 @@ class Convolution(Pair):
     """
 
     def formulation(self, site):
-        return "jax.vjp" if _in_types(site) else _Problem(site).chosen
+        return "jax.vjp" if _in_types(site) else Problem(site).chosen
 
     def prepare(self, site):
         if _in_types(site):
             return jax_step(site)
-        step, problem = super().prepare(site), _Problem(site)
+        step, problem = super().prepare(site), Problem(site)
         as_jax = problem.chosen == "convolution" and problem.ordinary
         if problem.batch_groups > 1 or as_jax or _is_empty(site):
             return step
@@ -85,7 +85,7 @@ def _in_types(site):
     return any(map(explicit_sharding, site.in_avals))
 
 
-class _Problem:
+class Problem:
     """One equation, its operands in the order N S C and K C O."""
 
     def __init__(self, site):
@@ -288,15 +288,16 @@ def _keep(site):
 def _backward(site, kept, dy):
     if _is_empty(site):  # sums of no terms
         return [jnp.zeros(a.shape, a.dtype) for a in site.in_avals]
-    problem, kept = _Problem(site), dict(zip(_keep(site), kept))
-    return [
-        by_devices(
-            dy, kept[1 - i], one=functools.partial(problem.cotangent, i),
-            several=functools.partial(_transposed, site, i),
-        )
-        if site.active[i] else None
-        for i in (0, 1)
-    ]
+    kept = dict(zip(_keep(site), kept))
+    return [cotangent(site, i, dy, kept[1 - i]) if site.active[i] else None for i in (0, 1)]
+
+
+def cotangent(site, i, dy, other):
+    """Of operand i, given the other one."""
+    return by_devices(
+        dy, other, one=functools.partial(Problem(site).cotangent, i),
+        several=functools.partial(_transposed, site, i),
+    )
 
 
 def _transposed(site, i, dy, other):

@@ -25,6 +25,7 @@ class Scan(Rule):
     """(c, y) = body(k, c, x) repeated;  (c̄, x̄) = bodyᵀ(c̄, ȳ) repeated in reverse, k̄ summed."""
 
     takes_zeros = True
+    sweep = Sweep  # how the backward run goes
 
     def __init__(self):
         super().__init__(
@@ -51,7 +52,7 @@ class Scan(Rule):
         loop = _loop(
             site.engine, site.params["jaxpr"], *_fixpoint(site), jc.scan_sizes(site.params),
             site.params["length"], site.params["reverse"], site.params["unroll"],
-            site.engine.shared_path(site.path),
+            site.engine.shared_path(site.path), self.sweep,
         )
         return Step(loop.keep, loop.backward, loop.forward, inner=(loop.both,))
 
@@ -103,8 +104,9 @@ def _loop(*key):
 class Loop:
     """A differentiated scan: static, so that JAX compiles either direction once."""
 
-    def __init__(self, engine, jaxpr, active, wanted, sizes, length, reverse, unroll, path):
+    def __init__(self, engine, jaxpr, active, wanted, sizes, length, reverse, unroll, path, sweep):
         self.n_consts, self.n_carry = sizes
+        self.sweep = sweep
         self.length, self.unroll, self.reverse = length, unroll, reverse
         n_xs = len(jc.in_avals(jaxpr)) - sum(sizes)
         factored = (Factored,) * self.n_consts + (None,) * self.n_carry + (Factored,) * n_xs
@@ -186,7 +188,7 @@ class Loop:
             ct.dense(d, v) if w else ct.ZERO
             for d, v, w in zip(douts, self.in_avals[a:b], self.wanted_carry)
         ]
-        sweep = Sweep(self, leaves, stepping, dcarry, douts[self.n_carry :])
+        sweep = self.sweep(self, leaves, stepping, dcarry, douts[self.n_carry :])
         dconsts, dcarry, dxs = sweep.run(dcarry)
         dcarry = [d if r else ct.ZERO for d, r in zip(dcarry, self.reached[a:b])]
         return [*dconsts, *dcarry, *dxs]

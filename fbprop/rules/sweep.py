@@ -52,11 +52,16 @@ def _is_view(eqn):
 class Sweep:
     """One backward run of a `Loop`.
 
+    Attributes:
+      size: `chunk_size`.
+
     Args:
       loop: the `Loop`.
       leaves: what the forward run kept; stepping: which of them have steps along their first axis.
       dcarry: cotangents of the last carry; dys: of the stacked results.
     """
+
+    size = staticmethod(chunk_size)
 
     def __init__(self, loop, leaves, stepping, dcarry, dys):
         self.loop, self.leaves, self.stepping, self.dys = loop, leaves, stepping, dys
@@ -115,7 +120,7 @@ class Sweep:
             ct.dense(ct.ZERO, v) if r else ct.ZERO for v, r in zip(loop.in_avals, loop.reached)
         ]
         xs = [x for x, s in zip(self.leaves, self.stepping) if s], self.dys
-        size = chunk_size(loop.length) if any(self.late) else None
+        size = self.size(loop.length) if any(self.late) else None
         state = zeros[: loop.n_consts], dcarry
         (dconsts, dcarry), dxs = in_chunks(
             self._chunk, state, xs, loop.length, size, not loop.reverse
@@ -140,7 +145,8 @@ class Sweep:
         )
         values = self._factors(xs[0], collected)
         dconsts = [
-            d.over_steps(*(values[f] for f in jax.tree.leaves(d))).add_to(total) if late else n
+            self._summed(d.over_steps(*(values[f] for f in jax.tree.leaves(d))), total)
+            if late else n
             for total, n, d, late in zip(dconsts, now, self.dins, self.late)
         ]
         dxs = [
@@ -148,6 +154,10 @@ class Sweep:
             for n, d, late in zip(dxs, self.dins[b:], self.late[b:])
         ]
         return (dconsts, dcarry), dxs
+
+    def _summed(self, d, total):
+        """The sum over a chunk's steps, and over those of the chunks before."""
+        return d.add_to(total)
 
     def _one_step(self, dcarry, stepping, dys):
         """Cotangents of the body's inputs, ZERO where they wait, and the factors to collect."""
