@@ -1,25 +1,7 @@
 """The rows, by kind of code; importing this fills the table."""
 
-from benchmarks.rows import (
-    attention,
-    checkpoint,
-    contraction,
-    convolution,
-    costs,
-    elementwise,
-    image_steps,
-    indexing,
-    other_steps,
-    per_example,
-    pooling,
-    recurrent,
-    sequence_steps,
-    steps,
-    updates,
-)
+import importlib
+import pkgutil
 
-__all__ = [
-    "attention", "checkpoint", "contraction", "convolution", "costs", "elementwise", "image_steps",
-    "indexing", "other_steps", "per_example", "pooling", "recurrent", "sequence_steps", "steps",
-    "updates",
-]
+for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(module.name)

@@ -31,9 +31,11 @@ class Operation(Rule):
       reference: ``(*operands, **static) -> result``, a few lines of plain code that say what it
         is: what tests and benchmarks compare with.
       forward: ``(*operands, **static) -> (*results, *extras)``; forward mode is its derivative.
+        If it has a keyword ``wanted``, extras are made only where it is differentiated: it is then
+        given, per operand, whether a cotangent may be asked for; else None, and returns no extras.
       backward: ``(dy, ..., *, static ...) -> one cotangent per operand``, None for one that has
         none. **Its other parameter names say what is kept**: operands by the names they have in
-        ``reference``, ``out``, or one of ``extras``. Of several results the first parameter is
+        ``forward``, ``out``, or one of ``extras``. Of several results the first parameter is
         ``dys``, their cotangents. The keyword ``wanted``, if it asks for that, tells for which
         operands a cotangent is used.
       extras: names of what ``forward`` returns besides the results.
@@ -48,7 +50,7 @@ class Operation(Rule):
     def __init__(self, name, math, reference, forward, backward, *, extras=(), results=1,
                  formulation=lambda site: ""):
         super().__init__(name, math, forward, backward)
-        parameters = inspect.signature(reference).parameters.values()
+        parameters = inspect.signature(forward).parameters.values()
         self.operands = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self.reference, self._forward, self._backward = reference, forward, backward
         self.results, self.extras, self._formulation = results, tuple(extras), formulation
@@ -56,6 +58,7 @@ class Operation(Rule):
         self._keeps = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY][1:]
         self._asks = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         self._all_results = next(iter(parameters)).name == "dys"
+        self._on_demand = "wanted" in inspect.signature(forward).parameters
         self.primitive, self._linear = Primitive(name), Primitive(f"{name}_tangent")
         for p, function in ((self.primitive, self.run), (self._linear, self._tangents)):
             p.multiple_results = True
@@ -70,7 +73,7 @@ class Operation(Rule):
         arrays = [jnp.asarray(x) for x in operands if x is not None]
         given = tuple(x is not None for x in operands)
         outs = self.primitive.bind(
-            *arrays, given=given, static=tuple(sorted(static.items())), axes=()
+            *arrays, given=given, static=tuple(sorted(static.items())), axes=(), wanted=None
         )
         return outs[0] if self.results == 1 else tuple(outs[:self.results])
 
@@ -91,6 +94,15 @@ class Operation(Rule):
         return tuple(a and jc.differentiable(x) for a, x in zip(site.active, site.in_avals))
 
     def declared(self, site):
+        if self._forms(site):
+            return None
+        return self._named(site)
+
+    def _forms(self, site):
+        """Whether extras are to be made because this is differentiated."""
+        return self._on_demand and site.params["wanted"] is None
+
+    def _named(self, site):
         index = self._index(site.params["given"])
         named = {index[k] for k in self._keeps if k in index}
         if any(site.wanted[self.results:]):  # in a second derivative
@@ -98,19 +110,26 @@ class Operation(Rule):
         return tuple(sorted(named))
 
     def prepare(self, site):
-        keep, wanted = self.declared(site), self.reached(site)
-        n = len(site.in_avals)
+        wanted, n = self.reached(site), len(site.in_avals)
+        forms, params = self._forms(site), dict(site.params)
+        if forms:
+            params["wanted"] = wanted
+        named = self._named(site)
+        keep = tuple(i for i in named if i < n) if forms else named
+        extra = tuple(i for i in named if i not in keep)
 
-        def backward(kept, _, douts):
-            values = [None] * (n + len(site.out_avals))
-            for i, value in zip(keep, kept):
+        def forward(*operands):
+            outs = self.primitive.bind(*operands, **params)
+            return outs[:self.results], tuple(outs[i - n] for i in extra)
+
+        def backward(kept, extras, douts):
+            values = [None] * (n + self.results + len(self.extras))
+            for i, value in zip((*keep, *extra), (*kept, *(extras or ()))):
                 values[i] = value
             douts = [None if ct.is_zero(d) else d for d in douts]
-            return self._pulled(
-                values[:n], values[n:], douts, site.out_avals, wanted, **site.params
-            )
+            return self._pulled(values[:n], values[n:], douts, site.out_avals, wanted, **params)
 
-        return Step(keep, backward)
+        return Step(keep, backward, forward if forms else None)
 
     def _index(self, given):
         """Where operands that are there, results and extras stand in (*operands, *results)."""
@@ -123,31 +142,34 @@ class Operation(Rule):
 
     # As functions of the arrays that are there
 
-    def run(self, *arrays, given, static, axes):
+    def run(self, *arrays, given, static, axes, wanted):
         """Results and extras."""
+        asked = dict(static)
+        if self._on_demand:
+            asked["wanted"] = wanted and tuple(_spread(wanted, given))
 
         def forward(*arrays):
-            outs = self._forward(*_spread(arrays, given), **dict(static))
+            outs = self._forward(*_spread(arrays, given), **asked)
             return outs if isinstance(outs, tuple) else (outs,)
 
         return list(_mapped(forward, axes)(*arrays))
 
-    def _pulled(self, arrays, outs, douts, types, wanted, **params):
+    def _pulled(self, arrays, outs, douts, types, moving, **params):
         """A cotangent or None per array that is there.
 
         Args:
           arrays, outs: values; None for those that are not kept.
           douts: cotangents of results and extras, None for 0; types: of those.
-          wanted: per array.
+          moving: per array, whether its cotangent is wanted.
         """
         dys, dextras = douts[:self.results], douts[self.results:]
         dins = [None] * len(arrays)
         if any(d is not None for d in dys):
             dys = [ct.filled(ct.ZERO, a) if d is None else d for d, a in zip(dys, types)]
-            dins = self._by_hand(arrays, outs, dys, wanted, **params)
+            dins = self._by_hand(arrays, outs, dys, moving, **params)
         if all(d is None for d in dextras):
             return dins
-        which = [i for i, w in enumerate(wanted) if w]
+        which = [i for i, m in enumerate(moving) if m]
 
         def extras(*values):
             at = dict(zip(which, values))
@@ -159,10 +181,10 @@ class Operation(Rule):
             dins[i] = d if dins[i] is None else dins[i] + d
         return dins
 
-    def _by_hand(self, arrays, outs, dys, wanted, *, given, static, axes):
+    def _by_hand(self, arrays, outs, dys, moving, *, given, static, axes, wanted):
         """What cotangents of the results give; axes: per `jax.vmap` around it, the arrays'."""
         index = self._index(given)
-        asked = dict(static, wanted=tuple(_spread(wanted, given)))
+        asked = dict(static, wanted=tuple(_spread(moving, given)))
         asked = {k: v for k, v in asked.items() if k in self._asks}
         values = [*arrays, *outs, *dys]
         levels = [(*a, *(0 for _ in outs), *(0 for _ in dys)) for a in axes]
@@ -176,7 +198,7 @@ class Operation(Rule):
             dins = self._backward(tuple(dys) if self._all_results else dys[0], *kept, **asked)
             dins = dins if isinstance(dins, (tuple, list)) else (dins,)
             dins = [d for d, g in zip(dins, given) if g]
-            return tuple(d if w else None for d, w in zip(dins, wanted))
+            return tuple(d if m else None for d, m in zip(dins, moving))
 
         pulled = backward
         for level in reversed(levels):
@@ -186,20 +208,25 @@ class Operation(Rule):
     # As JAX's primitives
 
     def _jvp(self, primals, tangents, **params):
-        outs = self.primitive.bind(*primals, **params)
         moving = tuple(type(t) is not ad.Zero for t in tangents)
+        forms = self._on_demand and params["wanted"] is None
+        if forms:
+            params["wanted"] = moving
+        outs = self.primitive.bind(*primals, **params)
         dots = (t for t in tangents if type(t) is not ad.Zero)
-        return outs, self._linear.bind(*primals, *outs, *dots, moving=moving, **params)
+        dots = self._linear.bind(*primals, *outs, *dots, moving=moving, **params)
+        n = self.results if forms else len(outs)
+        return outs[:n], dots[:n]
 
     def _split(self, args, given):
         n = sum(given)
         m = n + self.results + len(self.extras)
         return args[:n], args[n:m], args[m:]
 
-    def _tangents(self, *args, moving, given, static, axes):
+    def _tangents(self, *args, moving, given, static, axes, wanted):
         """Tangents of results and extras."""
         arrays, _, dots = self._split(args, given)
-        n, params = len(arrays), {"given": given, "static": static, "axes": ()}
+        n, params = len(arrays), {"given": given, "static": static, "axes": (), "wanted": wanted}
         which = [i for i, m in enumerate(moving) if m]
 
         def tangents(*args):
@@ -237,10 +264,9 @@ class Operation(Rule):
         outs = self.primitive.bind(*args, axes=(level, *axes), **params)
         return outs, [0] * len(outs)
 
-    def _batch_linear(self, args, dims, *, axes, moving, given, static):
+    def _batch_linear(self, args, dims, **params):
         # As it stands: what is batched may be a tangent and not its operand.
-        run = functools.partial(
-            self._tangents, axes=axes, moving=moving, given=given, static=static)
+        run = functools.partial(self._tangents, **params)
         args, level = _at_front(args, dims)
         outs = jax.vmap(lambda *xs: run(*xs), in_axes=level)(*args)
         return outs, [0] * len(outs)

@@ -5,5 +5,6 @@ alike, and forward mode, second order and `jax.vmap` work (`fbprop.core.operatio
 """
 
 from fbprop.ops.attention import attention
+from fbprop.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["attention"]
+__all__ = ["attention", "linear_cross_entropy"]

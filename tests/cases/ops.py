@@ -1,11 +1,15 @@
 """Rows of the operations of fbprop.ops; ``plain`` is what they stand for."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 
-from cases.case import Case, real
+from cases.case import Case, positive, real
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
+
+lce = sys.modules["fbprop.ops.linear_cross_entropy"]  # its function has the module's name
 
 
 def attention(label, q, k, v, form, bias=None, mask=None, lengths=None):
@@ -21,7 +25,25 @@ def attention(label, q, k, v, form, bias=None, mask=None, lengths=None):
     return Case("attention", of(attend), tuple(specs), label, plain=of(plain))
 
 
+def cross_entropy(function, label, form, bias=True, summed=True):
+    """A row of linear cross-entropy: five rows, three features, four classes."""
+    labels = jnp.array([0, 3, 1, 1, 2], jnp.int32)
+    plain = (lambda *x, form: jnp.sum(lce.reference(*x, form=form))) if summed else lce.reference
+
+    def of(function):
+        return lambda x, w, share, *bias: function(x, w, *(bias or [None]), share, labels,
+                                                   form=form)
+
+    specs = (real(5, 3), real(3, 4), positive(5), *([real(4)] if bias else []))
+    # Besides x, w, share and labels: losses and the gradient.
+    kept = 8 * (5 + 5 + 15 + 12 + (4 if bias else 0)) if summed else None
+    return Case(function.name, of(function), specs, label, plain=of(plain), kept=kept)
+
+
 CASES = [
+    cross_entropy(lce.cross_entropy, "", lce.Form(), bias=False),
+    cross_entropy(lce.cross_entropy, "all terms", lce.Form(0.1, 0.2, 1.5)),
+    cross_entropy(lce.cross_entropies, "all terms", lce.Form(0.1, 0.2, 1.5), summed=False),
     attention("causal", (2, 5, 3, 1, 2), (2, 5, 3, 2), (2, 5, 3, 2), Form(0.7, causal=True)),
     attention("groups, bias and mask", (1, 3, 2, 3, 2), (1, 5, 2, 2), (1, 5, 2, 3), Form(0.5),
               (1, 2, 3, 3, 5), (1, 1, 3, 1, 5)),
