@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+import fbprop
 from benchmarks.row import loss_gradient, operation, row
 
 MATRICES = {"smoke": [(3, 5)], "small": [(512, 1024)], "full": [(4096, 2048), (512, 1024)]}
@@ -132,6 +133,20 @@ def batch_normalised(x, scale, bias, epsilon=1e-5):
     mean = jnp.mean(x, axis=(0, 1, 2))
     variance = jnp.var(x, axis=(0, 1, 2))
     return (x - mean) * jax.lax.rsqrt(variance + epsilon) * scale + bias
+
+
+@row(smoke=[(3, 5)], small=[(512, 512)], full=[(4096, 512), (8192, 768), (512, 256)])
+def layer_norm_operation(draw, B, D):
+    x, scale, bias = draw.normal(B, D), draw.normal(D), draw.normal(D)
+    return operation(normalised, [x, scale, bias], ours=fbprop.ops.layer_norm, bytes=_passes(x))
+
+
+@row(smoke=[(2, 4, 4, 3)], small=[(16, 16, 16, 64)],
+     full=[(64, 32, 32, 64), (64, 16, 16, 128), (32, 8, 8, 32)])
+def batch_norm_operation(draw, B, H, W, C):
+    x, scale, bias = draw.normal(B, H, W, C), draw.normal(C), draw.normal(C)
+    return operation(batch_normalised, [x, scale, bias],
+                     ours=lambda *x: fbprop.ops.batch_norm(*x)[0], bytes=_passes(x))
 
 
 @row(smoke=[(2, 4, 4, 3)], small=[(16, 16, 16, 64)],

@@ -33,11 +33,11 @@ class Operation(Rule):
       forward: ``(*operands, **static) -> (*results, *extras)``; forward mode is its derivative.
         If it has a keyword ``wanted``, extras are made only where it is differentiated: it is then
         given, per operand, whether a cotangent may be asked for; else None, and returns no extras.
-      backward: ``(dy, ..., *, static ...) -> one cotangent per operand``, None for one that has
-        none. **Its other parameter names say what is kept**: operands by the names they have in
-        ``forward``, ``out``, or one of ``extras``. Of several results the first parameter is
-        ``dys``, their cotangents. The keyword ``wanted``, if it asks for that, tells for which
-        operands a cotangent is used.
+      backward: ``(dy, ..., *, static ...) -> one cotangent per operand``, of any precision, None
+        for one that has none. **Its other parameter names say what is kept**: operands by the names
+        they have in ``forward``, ``out``, or one of ``extras``. Of several results the first
+        parameter is ``dys``, their cotangents. The keyword ``wanted``, if it asks for that, tells
+        for which operands a cotangent is used.
       extras: names of what ``forward`` returns besides the results.
       results: how many results there are; a function of several returns a tuple.
       formulation: ``site -> str``, for `fbprop.explain`.
@@ -70,12 +70,16 @@ class Operation(Rule):
         batching.primitive_batchers[self._linear] = self._batch_linear
 
     def __call__(self, *operands, **static):
+        outs = self.everything(*operands, **static)
+        return outs[0] if self.results == 1 else tuple(outs[:self.results])
+
+    def everything(self, *operands, **static):
+        """Results and extras, which can be differentiated too."""
         arrays = [jnp.asarray(x) for x in operands if x is not None]
         given = tuple(x is not None for x in operands)
-        outs = self.primitive.bind(
+        return self.primitive.bind(
             *arrays, given=given, static=tuple(sorted(static.items())), axes=(), wanted=None
         )
-        return outs[0] if self.results == 1 else tuple(outs[:self.results])
 
     # As a rule
 
@@ -127,7 +131,8 @@ class Operation(Rule):
             for i, value in zip((*keep, *extra), (*kept, *(extras or ()))):
                 values[i] = value
             douts = [None if ct.is_zero(d) else d for d in douts]
-            return self._pulled(values[:n], values[n:], douts, site.out_avals, wanted, **params)
+            types = (*site.in_avals, *site.out_avals)
+            return self._pulled(values[:n], values[n:], douts, types, wanted, **params)
 
         return Step(keep, backward, forward if forms else None)
 
@@ -159,14 +164,17 @@ class Operation(Rule):
 
         Args:
           arrays, outs: values; None for those that are not kept.
-          douts: cotangents of results and extras, None for 0; types: of those.
+          douts: cotangents of results and extras, None for 0.
+          types: of arrays, results and extras.
           moving: per array, whether its cotangent is wanted.
         """
         dys, dextras = douts[:self.results], douts[self.results:]
         dins = [None] * len(arrays)
         if any(d is not None for d in dys):
-            dys = [ct.filled(ct.ZERO, a) if d is None else d for d, a in zip(dys, types)]
+            outs_of = types[len(arrays):]
+            dys = [ct.filled(ct.ZERO, a) if d is None else d for d, a in zip(dys, outs_of)]
             dins = self._by_hand(arrays, outs, dys, moving, **params)
+            dins = [d if d is None else d.astype(a.dtype) for d, a in zip(dins, types)]
         if all(d is None for d in dextras):
             return dins
         which = [i for i, m in enumerate(moving) if m]
@@ -255,7 +263,7 @@ class Operation(Rule):
     def _transpose(self, cotangents, *args, moving, **params):
         arrays, outs, _ = self._split(args, params["given"])
         douts = [None if type(c) is ad.Zero else c for c in cotangents]
-        types = [jax.typeof(x) for x in outs]
+        types = [jax.typeof(x) for x in (*arrays, *outs)]
         dins = self._pulled(arrays, outs, douts, types, moving, **params)
         return [None] * (len(arrays) + len(outs)) + [d for d, m in zip(dins, moving) if m]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop import ops
 from fbprop.core.precision import at_least_float32, wide_dtype
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
@@ -33,8 +34,7 @@ def layer_norm(*, epsilon: float = 1e-5, scale: bool = True, bias: bool = True,
     """
 
     def apply(params, x):
-        y = _standardised(at_least_float32(x), -1, epsilon)
-        return _affine(name, params, y.astype(x.dtype))
+        return ops.layer_norm(*_with_affine(name, params, x), epsilon=epsilon)
 
     return Layer(_affine_init(scale, bias, dtype), apply, name)
 
@@ -60,9 +60,7 @@ def rms_norm(*, epsilon: float = 1e-6, scale: bool = True, dtype=jnp.float32,
     """
 
     def apply(params, x):
-        wide = at_least_float32(x)
-        size = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return _affine(name, params, (wide * lax.rsqrt(size + epsilon)).astype(x.dtype))
+        return ops.rms_norm(*_with_affine(name, params, x)[:2], epsilon=epsilon)
 
     return Layer(_affine_init(scale, False, dtype), apply, name)
 
@@ -97,10 +95,7 @@ def group_norm(groups: int = 32, *, epsilon: float = 1e-5, scale: bool = True, b
                 f"Layer {name!r} splits channels into equal groups, got groups={groups} expected "
                 f"a divisor of {x.shape[-1]} channels."
             )
-        split = at_least_float32(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-        axes = (*range(1, x.ndim - 1), x.ndim)
-        y = _standardised(split, axes, epsilon)
-        return _affine(name, params, y.reshape(x.shape).astype(x.dtype))
+        return ops.group_norm(*_with_affine(name, params, x), groups=groups, epsilon=epsilon)
 
     return Layer(_affine_init(scale, bias, dtype), apply, name)
 
@@ -154,37 +149,34 @@ def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
         return {"mean": jnp.zeros(x.shape[-1], wide), "variance": jnp.ones(x.shape[-1], wide)}
 
     def apply(params, x, *, train, state):
+        if train and axis_name is None:
+            y, mean, variance = ops.batch_norm(*_with_affine(name, params, x), epsilon=epsilon)
+            return y, _all_moved(state, mean, variance, momentum)
         wide = at_least_float32(x)
-        statistics = _batch_statistics(wide, axis_name) if train else state
-        centred = wide - statistics["mean"].astype(wide.dtype)
-        y = centred * lax.rsqrt(statistics["variance"].astype(wide.dtype) + epsilon)
-        if train:
-            state = {key: _moved(state[key], statistics[key], momentum) for key in state}
+        mean, variance = _shared_statistics(wide, axis_name) if train else (
+            state["mean"].astype(wide.dtype), state["variance"].astype(wide.dtype))
+        y = (wide - mean) * lax.rsqrt(variance + epsilon)
+        state = _all_moved(state, mean, variance, momentum) if train else state
         return _affine(name, params, y.astype(x.dtype)), state
 
     return Layer(_affine_init(scale, bias, dtype), apply, name, init_state)
 
 
-def _batch_statistics(x, axis_name):
+def _shared_statistics(x, axis_name):
+    """Mean and variance over all dimensions but the last, and over the parts of a mapped axis."""
     axes = tuple(range(x.ndim - 1))
-
-    def mean_of(values):
-        mean = jnp.mean(values, axis=axes)
-        return mean if axis_name is None else lax.pmean(mean, axis_name)
-
-    mean = mean_of(x)
-    return {"mean": mean, "variance": mean_of(jnp.square(x - mean))}
+    mean = lax.pmean(jnp.mean(x, axis=axes), axis_name)
+    return mean, lax.pmean(jnp.mean(jnp.square(x - mean), axis=axes), axis_name)
 
 
-def _moved(running, batch, momentum):
-    batch = lax.stop_gradient(batch).astype(running.dtype)
-    return momentum * running + (1 - momentum) * batch
-
-
-def _standardised(x, axes, epsilon):
-    centred = x - jnp.mean(x, axis=axes, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
-    return centred * lax.rsqrt(variance + epsilon)
+def _all_moved(state, mean, variance, momentum):
+    """The running statistics, moved towards the batch's."""
+    batch = {"mean": mean, "variance": variance}
+    return {
+        key: momentum * running
+        + (1 - momentum) * lax.stop_gradient(batch[key]).astype(running.dtype)
+        for key, running in state.items()
+    }
 
 
 def _affine_init(scale, bias, dtype):
@@ -194,6 +186,15 @@ def _affine_init(scale, bias, dtype):
         return params | ({"bias": initializers.zeros(key, shape, dtype)} if bias else {})
 
     return init
+
+
+def _with_affine(name, params, x):
+    """The input in the type of the result, scale and bias; None for one that is not there."""
+    for each in params.values():
+        check_width(name, x, each.shape[0])
+    kind = jnp.result_type(x, *params.values())
+    return x.astype(kind), *(
+        params[key].astype(kind) if key in params else None for key in ("scale", "bias"))
 
 
 def _affine(name, params, y):

@@ -6,5 +6,8 @@ alike, and forward mode, second order and `jax.vmap` work (`fbprop.core.operatio
 
 from fbprop.ops.attention import attention
 from fbprop.ops.linear_cross_entropy import linear_cross_entropy
+from fbprop.ops.normalization import batch_norm, group_norm, layer_norm, rms_norm
 
-__all__ = ["attention", "linear_cross_entropy"]
+__all__ = [
+    "attention", "batch_norm", "group_norm", "layer_norm", "linear_cross_entropy", "rms_norm",
+]

@@ -189,14 +189,13 @@ def _summed(x, w, bias, share, labels, *, form, wanted):
 
 
 def _summed_backward(dy, share, losses, dx, dw, db, *, wanted):
-    dins = [(dy * d.astype(dy.dtype)).astype(d.dtype) for d in (dx, dw, db)]
-    return [*dins, _of_share(dy, losses, share), None]
+    return [*(dy * d.astype(dy.dtype) for d in (dx, dw, db)), _of_share(dy, losses, share), None]
 
 
 def _of_share(dy, losses, share):
     """Cotangent of the rows' shares, whose losses are given times them; 0 of what is not read."""
     divisor = jnp.where(share == 0, 1, share).astype(losses.dtype)
-    return jnp.where(share == 0, 0, dy * losses / divisor).astype(share.dtype)
+    return jnp.where(share == 0, 0, dy * losses / divisor)
 
 
 def _each(x, w, bias, share, labels, *, form):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cases.case import Case, positive, real
+from fbprop.ops import normalization
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
 
@@ -40,7 +41,22 @@ def cross_entropy(function, label, form, bias=True, summed=True):
     return Case(function.name, of(function), specs, label, plain=of(plain), kept=kept)
 
 
+def norm(label, shape, axes, centred, scale=True, bias=True, features=1):
+    form = {"axes": axes, "centred": centred, "epsilon": 0.1, "features": features}
+
+    def of(function):
+        return lambda x, *more: function(x, more[0] if scale else None,
+                                         more[-1] if bias else None, **form)
+
+    specs = [real(*shape), *[real(*shape[len(shape) - features:])] * (scale + bias)]
+    return Case("normalize", of(normalization.normalize), tuple(specs), label,
+                plain=of(normalization.reference))
+
+
 CASES = [
+    norm("layers", (3, 5), (1,), True), norm("layers, bare", (3, 5), (1,), True, False, False),
+    norm("rms", (2, 3, 5), (2,), False, bias=False), norm("bias", (3, 5), (1,), True, False),
+    norm("groups", (2, 3, 2, 2), (1, 3), True, features=2), norm("batch", (5, 2, 3), (0, 1), True),
     cross_entropy(lce.cross_entropy, "", lce.Form(), bias=False),
     cross_entropy(lce.cross_entropy, "all terms", lce.Form(0.1, 0.2, 1.5)),
     cross_entropy(lce.cross_entropies, "all terms", lce.Form(0.1, 0.2, 1.5), summed=False),
