@@ -4,10 +4,12 @@ Each is a primitive with a rule of its own, so it is cheap under `fbprop.grad` a
 alike, and forward mode, second order and `jax.vmap` work (`fbprop.core.operation`).
 """
 
+from fbprop.ops.activation import dense, geglu, gelu, silu, swiglu
 from fbprop.ops.attention import attention
 from fbprop.ops.linear_cross_entropy import linear_cross_entropy
 from fbprop.ops.normalization import batch_norm, group_norm, layer_norm, rms_norm
 
 __all__ = [
-    "attention", "batch_norm", "group_norm", "layer_norm", "linear_cross_entropy", "rms_norm",
+    "attention", "batch_norm", "dense", "geglu", "gelu", "group_norm", "layer_norm",
+    "linear_cross_entropy", "rms_norm", "silu", "swiglu",
 ]

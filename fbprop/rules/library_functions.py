@@ -24,7 +24,7 @@ FAR = 40.0  # from here on Φ is 0 or 1 in float64
 GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # of jax.nn.gelu(approximate=True)
 
 
-def _gelu(dy, x, *, approximate):
+def gelu_pullback(dy, x, *, approximate):
     """By erf, where the forward pass has erfc: two things to XLA, which then keeps neither.
 
     tanh as the forward pass has it: where both are compiled as one it is not computed again, which
@@ -42,7 +42,7 @@ def _gelu(dy, x, *, approximate):
     return dy * (p + near * slope)
 
 
-def _silu(dy, x):
+def silu_pullback(dy, x):
     s = lax.logistic(x)
     x = jnp.clip(x, -1000, 1000)  # there σ is 0 or 1 in every precision, and ∞ · 0 is nan
     return dy * (s * (1 + x * (1 - s)))
@@ -201,12 +201,12 @@ RULES = [
         "jax.nn.gelu",
         "y = x Φ(x), Φ = (1 + erf(x / √2)) / 2 or by tanh;  x̄ = ȳ (Φ + x Φ'), also where "
         "x² overflows.  Keeps x.",
-        _gelu,
+        gelu_pullback,
     ),
     elementwise(
         "jax.nn.silu",
         "y = x σ(x);  x̄ = ȳ (σ + x σ (1 − σ)), also at ±∞.  Keeps x.",
-        _silu,
+        silu_pullback,
     ),
     elementwise(
         "jax.nn.softmax",

@@ -2,11 +2,12 @@
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cases.case import Case, positive, real
-from fbprop.ops import normalization
+from cases.case import Case, apart, positive, real
+from fbprop.ops import activation, normalization
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
 
@@ -53,7 +54,18 @@ def norm(label, shape, axes, centred, scale=True, bias=True, features=1):
                 plain=of(normalization.reference))
 
 
+def activated(operation, label, name, *operands):
+    return Case(operation.name, lambda *x: operation(*x, name=name), operands, label,
+                plain=lambda *x: operation.reference(*x, name=name))
+
+
 CASES = [
+    *(activated(activation._activate, name, name, apart(2, 3)) for name in activation.ACTIVATIONS),
+    activated(activation._gate, "silu", "silu", real(2, 3), real(2, 3)),
+    activated(activation._gate, "gelu", "gelu", real(2, 3), real(2, 3)),
+    activated(activation._dense, "tanh", "tanh", real(2, 3, 5), real(5, 2), real(2)),
+    Case("dense", lambda x, w: activation._dense(x, w, None, name="silu"), (real(3, 5), real(5, 2)),
+         "no bias", plain=lambda x, w: jax.nn.silu(x @ w)),
     norm("layers", (3, 5), (1,), True), norm("layers, bare", (3, 5), (1,), True, False, False),
     norm("rms", (2, 3, 5), (2,), False, bias=False), norm("bias", (3, 5), (1,), True, False),
     norm("groups", (2, 3, 2, 2), (1, 3), True, features=2), norm("batch", (5, 2, 3), (0, 1), True),

@@ -1,0 +1,130 @@
+"""The smaller operations: values, what they keep, types, special points, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fbprop
+from fbprop import ops
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.float32)
+
+
+def kept(function, *operands):
+    found = fbprop.explain(function, *operands, argnums=tuple(range(len(operands))))
+    return found.kept // 4
+
+
+@pytest.mark.parametrize(("function", "operands", "numbers"), [
+    (lambda x, s, b: ops.layer_norm(x, s, b), (X, X[0], X[0]), 24 + 6 + 2 * 4),
+    (lambda x, s: ops.rms_norm(x, s), (X, X[0]), 24 + 6 + 2 * 4),
+    (lambda x: ops.group_norm(x, groups=2), (X,), 24 + 2 * 4 * 2),
+    (lambda x, s, b: ops.batch_norm(x, s, b)[0], (X, X[0], X[0]), 24 + 6 + 2 * 6),
+    (ops.gelu, (X,), 24), (ops.silu, (X,), 24), (ops.swiglu, (X, X), 48), (ops.geglu, (X, X), 48),
+    (lambda x, w, b: ops.dense(x, w, b, activation="gelu"), (X, X.T, X[0, :4]), 24 + 24 + 16),
+    (lambda x, w: ops.dense(x, w), (X, X.T), 48),
+])
+def test_keeps_what_its_docstring_says(function, operands, numbers):
+    assert kept(function, *operands) == numbers
+
+
+@pytest.mark.parametrize(("got", "expected"), [
+    (lambda x: ops.gelu(x), jax.nn.gelu),
+    (lambda x: ops.gelu(x, approximate=False), lambda x: jax.nn.gelu(x, approximate=False)),
+    (ops.silu, jax.nn.silu),
+    (lambda x: ops.swiglu(x, x + 1), lambda x: jax.nn.silu(x) * (x + 1)),
+    (lambda x: ops.geglu(x, x + 1, approximate=False),
+     lambda x: jax.nn.gelu(x, approximate=False) * (x + 1)),
+    (lambda x: ops.dense(x, X.T, X[0, :4], activation="sigmoid"),
+     lambda x: jax.nn.sigmoid(x @ X.T + X[0, :4])),
+    (lambda x: ops.dense(x, X.T), lambda x: x @ X.T),
+    (lambda x: ops.layer_norm(x, residual=2 * x)[0], lambda x: ops.layer_norm(3 * x)),
+    (lambda x: ops.rms_norm(x, residual=2 * x)[1], lambda x: 3 * x),
+    (lambda x: ops.batch_norm(x)[1], lambda x: jnp.mean(x, 0)),
+    (lambda x: ops.batch_norm(x)[2], lambda x: jnp.var(x, 0)),
+])
+def test_value_and_gradient(got, expected):
+    """Also of the statistics that batch norm returns."""
+    def both(x):
+        dy = jnp.cos(jnp.arange(expected(x).size, dtype=x.dtype)).reshape(expected(x).shape)
+        return [ad.value_and_grad(lambda x: jnp.sum(f(x) * dy))(x)
+                for ad, f in ((jax, expected), (jax, got), (fbprop, got))]
+
+    wanted, *found = jax.jit(both)(X)
+    for each in found:
+        for a, b in zip(each, wanted):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_layer_norm_of_many_rows():
+    """2,050 rows of 256 are passed back 256 at a time, and a rest of 2."""
+    x = jnp.tile(X.reshape(-1), 25000)[:2050 * 256].reshape(2050, 256)
+    x = x * jnp.linspace(0.1, 3, 2050)[:, None]
+    scale = jnp.linspace(-1, 1, 256)
+
+    def loss(norm):
+        return lambda x, s: jnp.sum(norm(x, s) * jnp.sin(3 * x))
+
+    def plain(x, s):
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-5) * s
+
+    grads = jax.jit(lambda x, s: (fbprop.grad(loss(ops.layer_norm), (0, 1))(x, s),
+                                  jax.grad(loss(plain), (0, 1))(x, s)))(x, scale)
+    for got, expected in zip(*grads):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * float(jnp.max(expected)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits(dtype):
+    low = X.astype(dtype)
+    for function in (ops.layer_norm, ops.rms_norm, lambda x: ops.group_norm(x, groups=3),
+                     lambda x: ops.batch_norm(x)[0], ops.gelu, ops.silu, lambda x: ops.swiglu(x, x),
+                     lambda x: ops.dense(x, X.T.astype(x.dtype), activation="relu")):
+        # Not of squares: of what is standardised they add up to a constant.
+        total = lambda x, f=function: jnp.sum(jnp.sin(3 * f(x).astype(jnp.float32)))
+        assert function(low).dtype == dtype
+        got = fbprop.grad(total)(low)
+        expected = fbprop.grad(total)(low.astype(jnp.float32))
+        assert got.dtype == dtype
+        atol = 3e-2 * max(1, float(jnp.max(abs(expected))))
+        np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=atol)
+
+
+def test_statistics_are_exact_far_from_zero():
+    x = X + 1e4
+    exact = np.var(np.asarray(x, np.float64), 0)
+    np.testing.assert_allclose(ops.batch_norm(x)[2], exact, rtol=1e-4)
+    np.testing.assert_allclose(ops.layer_norm(x), ops.layer_norm(x - 1e4), atol=3e-3)
+
+
+def test_constant_and_empty():
+    ones = jnp.ones((2, 6))
+    for function in (ops.layer_norm, lambda x: ops.batch_norm(x)[0]):
+        y, dx = fbprop.value_and_grad(lambda x, f=function: jnp.sum(f(x)))(ones)
+        assert y == 0
+        assert (dx == 0).all()
+    for shape in ((0, 6), (2, 0), (2, 3, 0, 4)):
+        for function in (ops.layer_norm, ops.rms_norm, lambda x: ops.batch_norm(x)[0], ops.gelu):
+            dx = fbprop.grad(lambda x, f=function: jnp.sum(f(x)))(jnp.ones(shape))
+            assert dx.shape == shape
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: ops.layer_norm(jnp.ones((2, 3)), jnp.ones(2)), ValueError,
+     r"scale of layer_norm has shape \(2,\), expected \(3,\)"),
+    (lambda: ops.rms_norm(jnp.ones((2, 3), int)), TypeError, r"rms_norm takes floating numbers"),
+    (lambda: ops.layer_norm(jnp.ones((2, 3)), residual=jnp.ones(3)), ValueError,
+     r"adds residual to x, got shape \(3,\) expected \(2, 3\)"),
+    (lambda: ops.group_norm(jnp.ones((2, 3)), groups=2), ValueError, "got groups=2 expected a div"),
+    (lambda: ops.gelu(jnp.ones(2, int)), TypeError, "gelu takes floating numbers, got int32"),
+    (lambda: ops.swiglu(jnp.ones(2), jnp.ones(3)), ValueError,
+     r"swiglu multiplies arrays of one shape and dtype, got float32\[2\] and float32\[3\]"),
+    (lambda: ops.dense(X, X), ValueError, r"got float32\[4, 6\] and float32\[4, 6\]"),
+    (lambda: ops.dense(X, X.T, X[0]), ValueError, r"bias has shape \(6,\), expected \(4,\)"),
+    (lambda: ops.dense(X, X.T, activation="elu"), ValueError, "one of 'gelu'.*got 'elu'"),
+])
+def test_says_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
