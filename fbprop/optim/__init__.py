@@ -15,6 +15,7 @@ from fbprop.optim.clip import (
     clip_by_value,
 )
 from fbprop.optim.decay import add_weight_decay
+from fbprop.optim.kfac import kfac, scale_by_kfac
 from fbprop.optim.lamb import lamb, scale_by_trust_ratio
 from fbprop.optim.lion import lion
 from fbprop.optim.muon import muon, orthogonalize, scale_by_muon
@@ -39,8 +40,9 @@ __all__ = [
     "Optimizer", "RangeTest", "adafactor", "adagrad", "adam", "adamw", "add_weight_decay",
     "amsgrad", "apply_updates", "average_params", "averaged_params", "by_path", "chain",
     "clip_by_global_norm", "clip_by_leaf_norm", "clip_by_leaf_rms", "clip_by_value", "constant",
-    "cosine", "exponential", "find_learning_rate", "freeze", "global_norm", "lamb", "linear",
-    "lion", "muon", "nadam", "one_cycle", "orthogonalize", "paths", "reduce_on_plateau",
-    "rmsprop", "scale", "scale_by_adam", "scale_by_factored_rms", "scale_by_learning_rate",
-    "scale_by_muon", "scale_by_trust_ratio", "select", "sgd", "step", "warm_restarts",
+    "cosine", "exponential", "find_learning_rate", "freeze", "global_norm", "kfac", "lamb",
+    "linear", "lion", "muon", "nadam", "one_cycle", "orthogonalize", "paths", "reduce_on_plateau",
+    "rmsprop", "scale", "scale_by_adam", "scale_by_factored_rms", "scale_by_kfac",
+    "scale_by_learning_rate", "scale_by_muon", "scale_by_trust_ratio", "select", "sgd", "step",
+    "warm_restarts",
 ]

@@ -1,5 +1,5 @@
 """What a backward pass can report besides gradients."""
 
-from fbprop.watch import per_example
+from fbprop.watch import curvature, per_example
 
-__all__ = ["per_example"]
+__all__ = ["curvature", "per_example"]

@@ -102,7 +102,7 @@ def clipped_sum(
 
     Args:
       loss, has_aux, rules, at_once: see `norms`.
-      bound: largest norm of a clipped gradient, over all parameters.
+      bound: largest norm of a clipped gradient, over all parameters; it and noise may be traced.
       noise: standard deviation of Gaussian noise added to every element of the sum, in units of
         ``bound``.
 
@@ -125,9 +125,10 @@ def clipped_sum(
       ([0.6, 1.3], [5.0, 0.5])
     """
     _check_bound(bound, noise)
+    noisy = isinstance(noise, jax.Array) or noise > 0
 
     def clipped(params, *batch, key=None):
-        if noise and key is None:
+        if noisy and key is None:
             raise ValueError(
                 f"Noise is drawn with a key, got noise={noise} and no key: call with key=..."
             )
@@ -140,7 +141,7 @@ def clipped_sum(
         (norm, values), gradient = sweep(
             consume, loss, params, batch, has_aux, rules, at_once
         )
-        if noise:
+        if noisy:
             gradient = _noisy(gradient, noise * bound, key)
         return ClippedSum(gradient, norm, values)
 
@@ -317,7 +318,7 @@ def _size(batch):
 def _check_bound(bound, noise):
     if not isinstance(bound, jax.Array) and not bound > 0:
         raise ValueError(f"The bound on a norm is positive, got {bound!r}: 1.0 is usual.")
-    if noise < 0:
+    if not isinstance(noise, jax.Array) and noise < 0:
         raise ValueError(
             f"Noise is a standard deviation in units of the bound, got {noise!r} expected 0 "
             "or more."

@@ -1,0 +1,114 @@
+"""K-FAC: the formula in NumPy, its arguments, and what it buys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fbprop import optim
+from fbprop.watch import curvature
+
+PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.1], [0.3, 0.7]]), "b": jnp.array([0.1, -0.2])}
+X = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3)))
+Y = jnp.asarray(np.random.default_rng(1).standard_normal((5, 2)))
+
+
+def network(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"])
+
+
+def squared(outputs, y):
+    return jnp.mean((outputs - y) ** 2)
+
+
+FACTORS = jax.jit(
+    curvature.ggn(network, squared, "kronecker", root=curvature.squared_root))
+
+
+def test_is_the_formula():
+    """10 steps in NumPy: damping shared by traces, running averages, inverses every 3 steps."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+        x, y = X.astype(jnp.float64), Y.astype(jnp.float64)
+        options = {"damping": 0.1, "decay": 0.5, "every": 3, "momentum": 0.6, "clip": 0.2}
+        optimizer = optim.kfac(0.3, FACTORS(params, x, y), **options)
+        gradient = jax.grad(lambda p: squared(network(p, x), y))
+
+        @jax.jit
+        def step(params, state):
+            g, factors = gradient(params), FACTORS(params, x, y)
+            updates, state = optimizer.update(g, state, params, factors=factors)
+            return optim.apply_updates(params, updates), state, g, factors
+
+        state, reference = optimizer.init(params), _Reference(FACTORS(params, x, y), options)
+        for _ in range(10):
+            before = params
+            params, state, g, factors = step(params, state)
+            expected = reference.step(before, g, factors)
+            for name in params:
+                np.testing.assert_allclose(params[name], expected[name], rtol=1e-10)
+
+
+class _Reference:
+    def __init__(self, factors, options):
+        self.__dict__.update(options)
+        self.average, self.count = self._arrays(factors), 0
+        self.moved = {"w": np.zeros((3, 2)), "b": np.zeros(2)}
+
+    def _arrays(self, f):
+        return [np.asarray(v) for v in (f["w"].a, f["w"].g, f["b"].matrix)]
+
+    def step(self, params, g, factors):
+        new = self._arrays(factors)
+        self.average = [self.decay * a + (1 - self.decay) * f for a, f in zip(self.average, new)]
+        if self.count % self.every == 0:
+            a, k, b = self.average
+            ratio = np.sqrt(np.trace(a) / 3 / (np.trace(k) / 2))
+            root = self.damping**0.5
+            self.inverses = [
+                np.linalg.inv(a + ratio * root * np.eye(3)),
+                np.linalg.inv(k + root / ratio * np.eye(2)),
+                np.linalg.inv(b + self.damping * np.eye(2)),
+            ]
+        self.count += 1
+        a, k, b = self.inverses
+        u = {"w": a @ np.asarray(g["w"]) @ k, "b": b @ np.asarray(g["b"])}
+        length = np.sqrt(sum(np.sum(u[n] * np.asarray(g[n])) for n in u))
+        scale = min(1, self.clip / length)
+        self.moved = {n: self.momentum * self.moved[n] + scale * u[n] for n in u}
+        return {n: np.asarray(params[n]) - 0.3 * self.moved[n] for n in u}
+
+
+def test_without_new_factors_the_average_stays():
+    optimizer = optim.kfac(0.1, FACTORS(PARAMS, X, Y))
+    state = optimizer.init(PARAMS)
+    _, after = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    for a, b in zip(jax.tree.leaves(state[0].factors), jax.tree.leaves(after[0].factors)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_undamped_step_solves_least_squares():
+    """Where the curvature is one Kronecker product, K-FAC is Newton's method."""
+    w, y = jnp.zeros((3, 1)), Y[:, :1]
+    linear = lambda w, x: x @ w
+    factors = jax.jit(curvature.ggn(linear, squared, "kronecker"))(w, X, y)
+    optimizer = optim.kfac(1.0, factors, damping=0.0, clip=None)
+    gradient = jax.grad(lambda w: squared(linear(w, X), y))(w)
+    updates, _ = optimizer.update(gradient, optimizer.init(w), w)
+    np.testing.assert_allclose(updates, np.linalg.lstsq(X, y)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("options", "what"), [
+    ({"damping": -1}, "damping=-1 expected"), ({"decay": 1.0}, "decay of a running average"),
+    ({"momentum": 1.0}, "momentum is the decay"), ({"every": 0}, "every is a count"),
+    ({"clip": -1}, "clip=-1 expected"),
+])
+def test_values_out_of_range(options, what):
+    with pytest.raises(ValueError, match=what):
+        optim.kfac(0.1, None, **options)
+
+
+def test_factors_that_are_none():
+    optimizer = optim.kfac(0.1, PARAMS)
+    with pytest.raises(TypeError, match="K-FAC starts from a curvature like the parameters"):
+        optimizer.init(PARAMS)
