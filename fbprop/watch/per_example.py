@@ -156,7 +156,8 @@ class Moments(NamedTuple):
       variance: of each element over examples, unbiased (divided by B - 1), like the parameters.
       signal_to_noise: per parameter, ‖mean‖² over the variance of that mean's elements in all.
       noise_scale: the simple gradient noise scale, tr Σ / ‖G‖², from unbiased estimates of both
-        (McCandlish et al., arXiv 1812.06162): the batch size at which noise is as large as signal.
+        (McCandlish et al., arXiv 1812.06162): the batch size at which noise is as large as signal;
+        negative where the batch is too small to tell.
       values: [B], the examples' losses.
     """
 
