@@ -109,6 +109,43 @@ def test_sixteen_bits(dtype, steps):
         np.testing.assert_allclose(got.astype(jnp.float32), e, atol=2e-2 * float(jnp.max(abs(e))))
 
 
+OWN = "jax.nn.dot_product_attention"
+
+
+@pytest.mark.parametrize(("steps", "heads", "options", "found"), [
+    (70, K, {"is_causal": True}, True),
+    (70, K, {"scale": 0.3}, True),
+    (70, H, {"is_causal": True, "scale": 0.3}, True),
+    (64, K, {"is_causal": True}, False),
+    (70, K, {"mask": draw(1, 1, 70, 70) > 0}, False),
+    (70, K, {"local_window_size": 3}, False),
+])
+def test_jax_own_attention_is_found_in_plain_code(steps, heads, options, found):
+    """Longer than a block and without masks: as this operation; otherwise by its parts."""
+    q, k, v = drawn(steps, steps)
+    q = q[:, :, :heads]
+
+    def loss(q, k, v):
+        y = jax.nn.dot_product_attention(jnp.tanh(q), k, v, **options)
+        return jnp.sum(jnp.sin(y))
+
+    explained = fbprop.explain(loss, q, k, v, argnums=(0, 1, 2))
+    assert (OWN in {line.rule for line in explained.lines}) == found
+    both = jax.jit(lambda *x: [ad.value_and_grad(loss, (0, 1, 2))(*x) for ad in (fbprop, jax)])
+    for got, expected in zip(*map(jax.tree.leaves, both(q, k, v))):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_override_of_a_part_reaches_into_jax_own_attention():
+    q, k, v = drawn(70, 70)
+    loss = lambda q: jnp.sum(jax.nn.dot_product_attention(q, k, v))
+    none = fbprop.rule("exp", "y = eˣ;  x̄ = 0", x=lambda dy: None)
+    rules = fbprop.table.override(none, fbprop.rule("div", "y = a / b; 0", a=None, b=None))
+    explained = fbprop.explain(loss, q, rules=rules)
+    assert OWN not in {line.rule for line in explained.lines}
+    assert (fbprop.grad(loss, rules=rules)(q) == 0).all()
+
+
 def test_dropout():
     """Leaves out shares, the same for one key; keeps the mean; its gradient is of what it left."""
     q, k, v = drawn(70, 70)

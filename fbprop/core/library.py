@@ -32,6 +32,10 @@ from fbprop.core.jaxcompat import (
 )
 
 CALLS = ("jit", "custom_jvp_call")
+# Shapes of operands that a function can be traced with, of those that do not take matrices; and
+# the size from which on in its second dimension it is of use to know it as a whole.
+OPERANDS = {"jax.nn.dot_product_attention": (1, 2, 1, 2)}
+LEAST = {"jax.nn.dot_product_attention": 65}  # of fewer steps the parts are faster, 1.5 times of 64
 
 
 def identify(eqn, functions: Mapping[str, list[str]]) -> tuple[str | None, dict | None]:
@@ -76,12 +80,22 @@ def candidates(dotted, eqns, types, result, literals=()):
     # Only real numbers: the rules say nothing of conjugates.
     if not types or not jnp.issubdtype(types[0].dtype, jnp.floating):
         return []
+    if dotted in OPERANDS and (len(types) != arity(dotted) or any(t.ndim != 4 for t in types)
+                               or max(t.shape[1] for t in types) < LEAST[dotted]):
+        return []
     axes = next(_axes(eqns), ())
     given = {"epsilon": map(float, literals)} if literals else {}  # by default it is no operand
     return argument_sets(
         dotted, axis=[axes[0] if len(axes) == 1 else tuple(axes)], ddof=map(int, literals),
-        keepdims=[result.aval.ndim == types[0].ndim], **given,
+        keepdims=[result.aval.ndim == types[0].ndim], scale=[None, *_factors(eqns)], **given,
     )
+
+
+def _factors(eqns):
+    """Numbers that the first product with one of a list of equations is with."""
+    products = (eqn.invars for eqn in eqns if eqn.primitive.name == "mul")
+    literals = (float(v.val) for v in next(products, ()) if not is_var(v) and not np.shape(v.val))
+    return list(literals)
 
 
 def _axes(eqns):
@@ -95,7 +109,8 @@ def _axes(eqns):
 
 def argument_sets(dotted, **values):
     """Every combination of these values of those parameters that the function has."""
-    values["approximate"] = [True, False]
+    values.setdefault("scale", [None])
+    values |= {"approximate": [True, False], "is_causal": [False, True]}
     names = [n for n in values if n in inspect.signature(resolve(dotted)).parameters]
     return [tuple(zip(names, v)) for v in itertools.product(*(values[n] for n in names))]
 
@@ -118,9 +133,10 @@ def parts(dotted: str) -> frozenset[str]:
 
 
 def traced(fun, dotted, dtype):
-    """Equations of a library function, of matrices as its operands."""
-    matrix = jax.ShapeDtypeStruct((2, 2), dtype)
-    return open_jaxpr(jax.make_jaxpr(fun)(*[matrix] * arity(dotted))).eqns
+    """Equations of a library function, of small operands."""
+    matrix = jax.ShapeDtypeStruct(OPERANDS.get(dotted, (2, 2)), dtype)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's attention of bfloat16 needs it
+        return open_jaxpr(jax.make_jaxpr(fun)(*[matrix] * arity(dotted))).eqns
 
 
 @functools.cache

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from fbprop.core import kernels
 from fbprop.core.devices import at_lowering
 from fbprop.core.operation import Operation
 from fbprop.core.precision import wide_dtype
+from fbprop.core.rule import Rule, Step
 from fbprop.rules import attention as portable
 from fbprop.rules.attention import DIMS, Form, Operands
 from fbprop.rules.heads import all_heads, by_heads
@@ -192,7 +194,10 @@ def formulation(site) -> str:
     """For `fbprop.explain`."""
     types = iter(site.in_avals)
     x = Operands(*(next(types) if g else None for g in site.params["given"]))
-    form = dict(site.params["static"])["form"]
+    return _formulation(dict(site.params["static"])["form"], x)
+
+
+def _formulation(form, x):
     said = ["by blocks of queries"]
     for platform, device, kernel in (("cuda", "CUDA", "cuDNN"), ("tpu", "TPU", "Pallas")):
         why = refused(form, x, platform)
@@ -208,4 +213,46 @@ attend = Operation(
     plain, _forward, _backward, extras=("lse",), formulation=formulation,
 )
 
-RULES = attend.rules
+
+class DotProductAttention(Rule):
+    """JAX's own attention, without bias, mask or lengths, of more than `ROWS` steps."""
+
+    def keeps(self):
+        return "q, k, v, y and per query the log-sum-exp of its scores"
+
+    def formulation(self, site):
+        types = jax.eval_shape(self._grouped, *site.in_avals)
+        return _formulation(self._form(site), Operands(*types))
+
+    def _form(self, site):
+        scale, causal = site.params["scale"], site.params["is_causal"]
+        size = site.in_avals[0].shape[-1]
+        return Form(1 / math.sqrt(size) if scale is None else scale, causal)
+
+    def _grouped(self, q, k, v):
+        """q with its heads in groups; k and v."""
+        b, t, n, d = q.shape
+        return q.reshape(b, t, k.shape[2], n // k.shape[2], d), k, v
+
+    def prepare(self, site):
+        form, without = self._form(site), (None,) * 4
+
+        def forward(q, k, v):
+            y, lse = attend.everything(*self._grouped(q, k, v), *without, form=form)
+            return [y.reshape(*q.shape[:3], v.shape[3])], (lse,)
+
+        def backward(kept, extra, douts):
+            (q, k, v, y), (lse,), (dy,) = kept, extra, douts
+            operands = self._grouped(q, k, v)
+            y, dy = (a.reshape(*operands[0].shape[:4], v.shape[3]) for a in (y, dy))
+            dq, dk, dv, *_ = _backward(
+                dy, *operands, *without, y, lse, form=form, wanted=(True,) * 3 + (False,) * 4)
+            return [dq.reshape(q.shape), dk, dv]
+
+        return Step((0, 1, 2, 3), backward, forward)
+
+
+RULES = [
+    *attend.rules,
+    DotProductAttention("jax.nn.dot_product_attention", attend.math),
+]
