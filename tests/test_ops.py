@@ -10,6 +10,8 @@ from fbprop import ops
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.float32)
 
+CLASSES = jnp.array([5, 0, 2, 2])
+
 
 def kept(function, *operands):
     found = fbprop.explain(function, *operands, argnums=tuple(range(len(operands))))
@@ -24,6 +26,9 @@ def kept(function, *operands):
     (ops.gelu, (X,), 24), (ops.silu, (X,), 24), (ops.swiglu, (X, X), 48), (ops.geglu, (X, X), 48),
     (lambda x, w, b: ops.dense(x, w, b, activation="gelu"), (X, X.T, X[0, :4]), 24 + 24 + 16),
     (lambda x, w: ops.dense(x, w), (X, X.T), 48),
+    (lambda x: ops.softmax_cross_entropy(x, CLASSES), (X,), 24 + 4 + 4),
+    (ops.softmax_cross_entropy, (X, X), 48 + 4), (ops.sigmoid_cross_entropy, (X, X), 48),
+    (ops.huber, (X, X), 48),
 ])
 def test_keeps_what_its_docstring_says(function, operands, numbers):
     assert kept(function, *operands) == numbers
@@ -99,6 +104,35 @@ def test_statistics_are_exact_far_from_zero():
     np.testing.assert_allclose(ops.layer_norm(x), ops.layer_norm(x - 1e4), atol=3e-3)
 
 
+def test_losses_at_the_ends():
+    """Logits of 1e4, ±inf, float16, labels outside, no examples; the same under both."""
+    inf, nan = float("inf"), float("nan")
+    z = jnp.array([[1e4, 0.0, -1e4], [0.0, -inf, 0.0], [-inf, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    shares = jnp.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    log2 = float(jnp.log(2.0))
+    for ad in (fbprop, jax):
+        for labels, last in ((jnp.array([1, 0, 0, -1], jnp.int8), nan), (shares, 0)):
+            loss, dz = ad.value_and_grad(
+                lambda z, y=labels: (jnp.sum(w := ops.softmax_cross_entropy(z, y)), w),
+                has_aux=True)(z)
+            np.testing.assert_allclose(loss[1], [1e4, log2, inf, last])
+            np.testing.assert_allclose(dz[:1], [[1, -1, 0]])
+            np.testing.assert_allclose(dz[2], [-1, 0.5, 0.5])
+        loss, dz = jax.vmap(ad.value_and_grad(ops.sigmoid_cross_entropy), (0, 0))(
+            jnp.array([1e4, inf, -inf, -inf, 0]), jnp.array([0.0, 1.0, 0.0, 1.0, 0.5]))
+        np.testing.assert_allclose(loss, [1e4, 0, 0, inf, log2])
+        np.testing.assert_allclose(dz, [1, 0, 0, -1, 0])
+        half = jnp.array([300.0, -300.0, 0.0], jnp.float16)
+        loss, dx = jax.vmap(ad.value_and_grad(ops.huber), (0, None))(half, jnp.float16(0))
+        assert (loss.dtype, dx.dtype) == (jnp.float32, jnp.float16)
+        np.testing.assert_allclose(loss, [299.5, 299.5, 0])
+        np.testing.assert_allclose(dx, [1, -1, 0])
+        many = ad.grad(lambda z: ops.softmax_cross_entropy(z, jnp.uint8(255)))(jnp.zeros(600))
+        assert many[255] < 0 < many[511]
+        none = ad.grad(lambda z: jnp.sum(ops.softmax_cross_entropy(z, jnp.zeros(0, int))))
+        assert none(jnp.ones((0, 3))).shape == (0, 3)
+
+
 def test_constant_and_empty():
     ones = jnp.ones((2, 6))
     for function in (ops.layer_norm, lambda x: ops.batch_norm(x)[0]):
@@ -121,6 +155,12 @@ def test_constant_and_empty():
     (lambda: ops.gelu(jnp.ones(2, int)), TypeError, "gelu takes floating numbers, got int32"),
     (lambda: ops.swiglu(jnp.ones(2), jnp.ones(3)), ValueError,
      r"swiglu multiplies arrays of one shape and dtype, got float32\[2\] and float32\[3\]"),
+    (lambda: ops.softmax_cross_entropy(X, CLASSES[:3]), ValueError,
+     r"softmax_cross_entropy got labels or targets of shape \(3,\) expected \(4,\)"),
+    (lambda: ops.sigmoid_cross_entropy(CLASSES, CLASSES), TypeError,
+     "sigmoid_cross_entropy takes floating numbers, got int32"),
+    (lambda: ops.huber(X, X[0]), ValueError, r"huber got .* shape \(6,\) expected \(4, 6\)"),
+    (lambda: ops.huber(X, X, delta=0.0), ValueError, "got delta=0.0 expected one above 0"),
     (lambda: ops.dense(X, X), ValueError, r"got float32\[4, 6\] and float32\[4, 6\]"),
     (lambda: ops.dense(X, X.T, X[0]), ValueError, r"bias has shape \(6,\), expected \(4,\)"),
     (lambda: ops.dense(X, X.T, activation="elu"), ValueError, "one of 'gelu'.*got 'elu'"),

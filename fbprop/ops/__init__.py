@@ -7,9 +7,11 @@ alike, and forward mode, second order and `jax.vmap` work (`fbprop.core.operatio
 from fbprop.ops.activation import dense, geglu, gelu, silu, swiglu
 from fbprop.ops.attention import attention
 from fbprop.ops.linear_cross_entropy import linear_cross_entropy
+from fbprop.ops.losses import huber, sigmoid_cross_entropy, softmax_cross_entropy
 from fbprop.ops.normalization import batch_norm, group_norm, layer_norm, rms_norm
 
 __all__ = [
-    "attention", "batch_norm", "dense", "geglu", "gelu", "group_norm", "layer_norm",
-    "linear_cross_entropy", "rms_norm", "silu", "swiglu",
+    "attention", "batch_norm", "dense", "geglu", "gelu", "group_norm", "huber", "layer_norm",
+    "linear_cross_entropy", "rms_norm", "sigmoid_cross_entropy", "silu", "softmax_cross_entropy",
+    "swiglu",
 ]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cases.case import Case, apart, positive, real
-from fbprop.ops import activation, normalization
+from fbprop.ops import activation, losses, normalization
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
 
@@ -59,7 +59,18 @@ def activated(operation, label, name, *operands):
                 plain=lambda *x: operation.reference(*x, name=name))
 
 
+def loss(operation, label, *operands, labels=None, **form):
+    labels = () if labels is None else (jnp.array(labels, jnp.int32),)
+    return Case(operation.name, lambda *x: operation(*x, *labels, **form), operands, label,
+                plain=lambda *x: operation.reference(*x, *labels, **form))
+
+
 CASES = [
+    loss(losses._softmax_of_class, "", real(2, 3, 5), labels=[[0, 4, 2], [1, 1, 0]]),
+    loss(losses._softmax_of_shares, "", real(3, 5), positive(3, 5)),
+    loss(losses._sigmoid, "", real(2, 3), positive(2, 3)), loss(losses._sigmoid, "classes", real(3),
+                                                                labels=[0, 1, 1]),
+    loss(losses._huber, "", real(2, 3), real(2, 3), delta=0.7),
     *(activated(activation._activate, name, name, apart(2, 3)) for name in activation.ACTIVATIONS),
     activated(activation._gate, "silu", "silu", real(2, 3), real(2, 3)),
     activated(activation._gate, "gelu", "gelu", real(2, 3), real(2, 3)),
