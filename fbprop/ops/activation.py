@@ -11,6 +11,7 @@ from jax import lax
 from fbprop.core.opaque import held
 from fbprop.core.operation import Operation
 from fbprop.core.precision import wide_dtype
+from fbprop.ops.arguments import floating
 from fbprop.rules import register
 from fbprop.rules.library_functions import gelu_pullback, silu_pullback
 
@@ -45,7 +46,7 @@ def gelu(x, *, approximate: bool = True):
       >>> ops.gelu(jnp.array([0.0, 100.0])).tolist()
       [0.0, 100.0]
     """
-    return _activate(_floating("gelu", x), name="gelu_tanh" if approximate else "gelu")
+    return _activate(floating("gelu", x), name="gelu_tanh" if approximate else "gelu")
 
 
 def silu(x):
@@ -57,7 +58,7 @@ def silu(x):
       >>> ops.silu(jnp.array([0.0, 100.0])).tolist()
       [0.0, 100.0]
     """
-    return _activate(_floating("silu", x), name="silu")
+    return _activate(floating("silu", x), name="silu")
 
 
 def swiglu(gate, x):
@@ -126,7 +127,7 @@ def dense(x, w, bias=None, *, activation: str | None = None):
       >>> ops.dense(jnp.ones((2, 3)), jnp.ones((3, 1)), activation="relu").tolist()
       [[3.0], [3.0]]
     """
-    x, w = _floating("dense", x), jnp.asarray(w)
+    x, w = floating("dense", x), jnp.asarray(w)
     if activation not in (None, *ACTIVATIONS):
         names = ", ".join(map(repr, (*ACTIVATIONS, None)))
         raise ValueError(f"dense's activation is one of {names}, got {activation!r}.")
@@ -142,15 +143,8 @@ def dense(x, w, bias=None, *, activation: str | None = None):
     return _dense(x, w, bias, name=activation)
 
 
-def _floating(name, x):
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} takes floating numbers, got {x.dtype.name}: cast the input.")
-    return x
-
-
 def _pair(name, gate, x):
-    gate, x = _floating(name, gate), _floating(name, x)
+    gate, x = floating(name, gate), floating(name, x)
     if gate.shape != x.shape or gate.dtype != x.dtype:
         raise ValueError(
             f"{name} multiplies arrays of one shape and dtype, got {gate.dtype.name}"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
+from fbprop.ops.arguments import floating
 from fbprop.rules import register
 
 
@@ -38,11 +39,11 @@ def softmax_cross_entropy(logits, labels):
       >>> ops.softmax_cross_entropy(jnp.array([[1e4, 0.0], [0.0, -jnp.inf]]), jnp.array([1, 0]))
       Array([10000.,     0.], dtype=float32)
     """
-    logits, labels = _floating("softmax_cross_entropy", logits), jnp.asarray(labels)
+    logits, labels = floating("softmax_cross_entropy", logits), jnp.asarray(labels)
     if logits.ndim and jnp.issubdtype(labels.dtype, jnp.integer):
         _same("softmax_cross_entropy", labels, logits.shape[:-1])
         return _softmax_of_class(logits, labels)
-    labels = _floating("softmax_cross_entropy", labels)
+    labels = floating("softmax_cross_entropy", labels)
     _same("softmax_cross_entropy", labels, logits.shape)
     return _softmax_of_shares(logits, labels)
 
@@ -69,7 +70,7 @@ def sigmoid_cross_entropy(logits, labels):
       >>> ops.sigmoid_cross_entropy(jnp.array([1e4, jnp.inf]), jnp.array([0, 1])).tolist()
       [10000.0, 0.0]
     """
-    logits, labels = _floating("sigmoid_cross_entropy", logits), jnp.asarray(labels)
+    logits, labels = floating("sigmoid_cross_entropy", logits), jnp.asarray(labels)
     _same("sigmoid_cross_entropy", labels, logits.shape)
     return _sigmoid(logits, labels)
 
@@ -93,18 +94,11 @@ def huber(predictions, targets, *, delta: float = 1.0):
       >>> ops.huber(jnp.array([1.0, 300.0]), jnp.zeros(2)).tolist()
       [0.5, 299.5]
     """
-    predictions, targets = _floating("huber", predictions), _floating("huber", targets)
+    predictions, targets = floating("huber", predictions), floating("huber", targets)
     _same("huber", targets, predictions.shape)
     if not delta > 0:
         raise ValueError(f"huber is linear beyond delta, got delta={delta} expected one above 0.")
     return _huber(predictions, targets, delta=float(delta))
-
-
-def _floating(name, x):
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} takes floating numbers, got {x.dtype.name}: cast the input.")
-    return x
 
 
 def _same(name, x, shape):
@@ -112,7 +106,7 @@ def _same(name, x, shape):
         raise ValueError(f"{name} got labels or targets of shape {x.shape} expected {shape}.")
 
 
-def _payed(share, cost):
+def _paid(share, cost):
     """Their product; what has no share costs nothing even where it would cost inf."""
     return jnp.where((share == 0) & jnp.isinf(cost), 0, share * cost)
 
@@ -148,7 +142,7 @@ _softmax_of_class = Operation(
 def _shares_forward(logits, labels):
     z = at_least_float32(logits)
     lam = jax.nn.logsumexp(z, -1, keepdims=True)
-    return jnp.sum(_payed(labels.astype(z.dtype), lam - z), -1), lam
+    return jnp.sum(_paid(labels.astype(z.dtype), lam - z), -1), lam
 
 
 def _shares_backward(dy, logits, labels, lam):
@@ -168,7 +162,7 @@ _softmax_of_shares = Operation(
 def _sigmoid_forward(logits, labels):
     z = at_least_float32(logits)
     y = labels.astype(z.dtype)
-    return _payed(y, jax.nn.softplus(-z)) + _payed(1 - y, jax.nn.softplus(z))
+    return _paid(y, jax.nn.softplus(-z)) + _paid(1 - y, jax.nn.softplus(z))
 
 
 def _sigmoid_backward(dy, logits, labels):
