@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fbprop import optim, train
-from fbprop.train import tensorfile
+from fbprop.data import tensorfile
 
 DTYPES = ("bool", "int8", "uint8", "int16", "int32", "uint32", "float16", "bfloat16", "float32",
           "complex64", "float8_e4m3fn", "float8_e5m2", "int4")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fbprop import optim, train
-from fbprop.train import tensorfile
+from fbprop.data import tensorfile
 
 DATA = {"x": np.arange(8, dtype=np.float32)}
 

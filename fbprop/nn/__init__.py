@@ -22,6 +22,7 @@ from fbprop.nn.activations import elu, gelu, leaky_relu, relu, sigmoid, silu, so
 from fbprop.nn.attention import attention, position_embedding
 from fbprop.nn.audio import log_mel, mel_filters
 from fbprop.nn.compose import repeated, residual, sequential
+from fbprop.nn.encoder import encoder
 from fbprop.nn.language import gpt, gru_lm, lstm_lm
 from fbprop.nn.layer import Layer, function
 from fbprop.nn.linear import conv, dense, embedding
@@ -30,6 +31,7 @@ from fbprop.nn.networks import convnet, mlp, resnet
 from fbprop.nn.normalization import batch_norm, group_norm, layer_norm, rms_norm
 from fbprop.nn.parameters import combine, count_parameters, partition
 from fbprop.nn.pooling import avg_pool, flatten, global_avg_pool, max_pool
+from fbprop.nn.pretrained import load_bert, load_gpt2
 from fbprop.nn.recurrent import bidirectional, gru, lstm
 from fbprop.nn.regularization import dropout
 from fbprop.nn.shapes import sequence_mask
@@ -37,10 +39,10 @@ from fbprop.nn.summary import summary
 
 __all__ = [
     "Layer", "accuracy", "attention", "avg_pool", "batch_norm", "bidirectional", "combine", "conv",
-    "convnet", "count_parameters", "dense", "dropout", "elu", "embedding", "flatten", "function",
-    "gelu", "global_avg_pool", "gpt", "group_norm", "gru", "gru_lm", "initializers", "layer_norm",
-    "leaky_relu", "log_mel", "lstm", "lstm_lm", "max_pool", "mean_squared_error", "mel_filters",
-    "mlp", "partition", "position_embedding", "relu", "repeated", "residual", "resnet", "rms_norm",
-    "sequence_mask", "sequential", "sigmoid", "silu", "softmax_cross_entropy", "softplus",
-    "summary", "tanh",
+    "convnet", "count_parameters", "dense", "dropout", "elu", "embedding", "encoder", "flatten",
+    "function", "gelu", "global_avg_pool", "gpt", "group_norm", "gru", "gru_lm", "initializers",
+    "layer_norm", "leaky_relu", "load_bert", "load_gpt2", "log_mel", "lstm", "lstm_lm", "max_pool",
+    "mean_squared_error", "mel_filters", "mlp", "partition", "position_embedding", "relu",
+    "repeated", "residual", "resnet", "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu",
+    "softmax_cross_entropy", "softplus", "summary", "tanh",
 ]

@@ -1,5 +1,6 @@
 """Training: steps, epochs, whole runs, evaluation, checkpoints."""
 
+from fbprop.data.tensorfile import CheckpointError, load_tensors, save_tensors
 from fbprop.optim.objective import Weighted
 from fbprop.train.checkpoint import latest, read_manifest, restore, save
 from fbprop.train.evaluate import evaluate, evaluate_batches, predict
@@ -9,7 +10,6 @@ from fbprop.train.precision import LossScale, loss_scale
 from fbprop.train.state import State, init
 from fbprop.train.step import epoch, step
 from fbprop.train.stopping import NonFiniteLoss
-from fbprop.train.tensorfile import CheckpointError, load_tensors, save_tensors
 
 __all__ = [
     "CheckpointError", "Fit", "LossScale", "NonFiniteLoss", "State", "Weighted", "epoch",

@@ -1,6 +1,6 @@
 """Checkpoints: a training state in one file, with everything needed to trust it again.
 
-The file is a safetensors file (`fbprop.train.tensorfile`), so other programs can read its arrays.
+The file is a safetensors file (`fbprop.data.tensorfile`), so other programs can read its arrays.
 Its manifest, JSON, names the versions that wrote it, the step, and each leaf's path, shape and
 dtype, for what the format itself cannot say (random keys, complex numbers), and carries the
 caller's metadata, such as the position in the data.
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbprop.train.tensorfile import CheckpointError, named_leaves, read, read_metadata, write
+from fbprop.data.tensorfile import CheckpointError, named_leaves, read, read_metadata, write
 
 FORMAT = 1  # raised when an older fbprop could misread a file
 _PACKAGES = ("fbprop", "jax", "jaxlib", "numpy")

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fbprop.data.tensorfile import CheckpointError
 from fbprop.train.checkpoint import check_keep_last, latest, read_manifest, restore, save
 from fbprop.train.precision import all_finite
 from fbprop.train.stopping import NonFiniteLoss, first_bad_step
-from fbprop.train.tensorfile import CheckpointError
 
 
 class Run:
