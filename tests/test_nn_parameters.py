@@ -76,8 +76,7 @@ def test_summary_names_shapes_and_sizes():
     table = nn.summary(net, tokens)
     assert [row[0] for row in rows(table)] == [
         "path", "embedding", "repeated/block/layer_norm", "repeated/block/attention/qkv",
-        "repeated/block/attention/dropout", "repeated/block/attention/out", "batch_norm", "relu",
-        "round", "head", "total", "state",
+        "repeated/block/attention/out", "batch_norm", "relu", "round", "head", "total", "state",
     ]
     assert cells(table, "repeated/block/attention/qkv") == [3 * (4 * 12 + 12), 3 * 60 * 4]
     assert cells(table, "head") == [35, 70]
