@@ -1,6 +1,6 @@
 """fbprop: reverse-mode differentiation for JAX as an open table of hand-written rules."""
 
-from fbprop import data, nn, ops, optim, rules, train, watch
+from fbprop import data, mesh, nn, ops, optim, rules, train, watch
 from fbprop.check import CheckFailed, Report, check
 from fbprop.core.cotangent import ZERO, CotangentError
 from fbprop.core.factored import Contraction, Rows
@@ -31,6 +31,7 @@ __all__ = [
     "explain",
     "grad",
     "linear",
+    "mesh",
     "nn",
     "no_gradient",
     "ops",

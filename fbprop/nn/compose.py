@@ -166,12 +166,12 @@ def composed(init: Callable, apply: Callable, name: str, init_state: Callable,
       parts: the layers it is made of.
     """
     if any(part.stateful for part in parts):
-        return Layer(init, apply, name, init_state)
+        return Layer(init, apply, name, init_state, parts)
 
     def stateless(params, x, *, key, train, lengths):
         return apply(params, x, key=key, train=train, state={}, lengths=lengths)[0]
 
-    return Layer(init, stateless, name)
+    return Layer(init, stateless, name, parts=parts)
 
 
 def init_in_order(layers: Sequence[Layer], key, x) -> dict:

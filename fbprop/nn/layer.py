@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 
 import jax
@@ -49,6 +49,7 @@ class Layer:
       name: of the `jax.named_scope` that ``apply`` runs in; a part of the path by which rules are
         overridden (``where="encoder/*"``) and errors say where they happened.
       init_state: ``x -> state``, a pytree of arrays; None for a layer without state.
+      parts: the layers that it is made of, in order, by the names of their parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -59,8 +60,9 @@ class Layer:
     """
 
     def __init__(self, init: Callable, apply: Callable, name: str,
-                 init_state: Callable | None = None):
+                 init_state: Callable | None = None, parts: Sequence[Layer] = ()):
         self._init, self._apply, self._init_state, self.name = init, apply, init_state, name
+        self.parts = tuple(parts)
         self._takes = _keywords(apply)
         self._out_shapes = {}
 
@@ -153,7 +155,7 @@ class Layer:
 
     def renamed(self, name: str) -> Layer:
         """The same layer under another name."""
-        return Layer(self._init, self._apply, name, self._init_state)
+        return Layer(self._init, self._apply, name, self._init_state, self.parts)
 
     def _check_shaped(self, x):
         if any(not (hasattr(a, "shape") and hasattr(a, "dtype")) for a in jax.tree.leaves(x)):

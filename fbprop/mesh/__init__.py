@@ -1,0 +1,7 @@
+"""One device to many hosts by JAX's own SPMD: layouts of parameters over a mesh."""
+
+from fbprop.mesh.layouts import Layout, fully_sharded, layout, replicated
+from fbprop.mesh.show import show
+from fbprop.mesh.tensor import tensor_parallel
+
+__all__ = ["Layout", "fully_sharded", "layout", "replicated", "show", "tensor_parallel"]
