@@ -1,6 +1,6 @@
 """fbprop: reverse-mode differentiation for JAX as an open table of hand-written rules."""
 
-from fbprop import data, mesh, nn, ops, optim, rules, train, watch
+from fbprop import data, learning, mesh, nn, ops, optim, rules, train, watch
 from fbprop.check import CheckFailed, Report, check
 from fbprop.core.cotangent import ZERO, CotangentError
 from fbprop.core.factored import Contraction, Rows
@@ -30,6 +30,7 @@ __all__ = [
     "elementwise",
     "explain",
     "grad",
+    "learning",
     "linear",
     "mesh",
     "nn",

@@ -159,6 +159,15 @@ class Operation(Rule):
 
         return list(_mapped(forward, axes)(*arrays))
 
+    def in_plain_code(self, *arrays, given, static, axes, wanted):
+        """Results by the reference, and extras: the operation as ordinary equations."""
+        def reference(*arrays):
+            outs = self.reference(*_spread(arrays, given), **dict(static))
+            return outs if isinstance(outs, tuple) else (outs,)
+
+        outs = self.run(*arrays, given=given, static=static, axes=axes, wanted=wanted)
+        return [*_mapped(reference, axes)(*arrays), *outs[self.results:]]
+
     def _pulled(self, arrays, outs, douts, types, moving, **params):
         """A cotangent or None per array that is there.
 
