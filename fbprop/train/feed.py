@@ -64,12 +64,20 @@ class Rhythm(NamedTuple):
 
 
 class ArrayFeed:
-    """Batches of a pytree of arrays, shuffled anew in every pass; the data lie on the device."""
+    """Batches of a pytree of arrays, shuffled anew in every pass.
 
-    def __init__(self, data, batch_size: int, key, most: int | None, every: int | None):
+    The data lie on the device; on a mesh only a dispatch's batches do, each device's part on it.
+    """
+
+    def __init__(self, data, batch_size: int, key, most: int | None, every: int | None, mesh=None):
         self.examples = count_examples("data", data)
-        self.data = _on_device(data)
-        self.size = batch_size
+        self.mesh, self.size = mesh, batch_size
+        if mesh is None:
+            self.data = _on_device(data)
+        else:
+            _check_numbers(data)
+            mesh.check(batch_size)
+            self.data = jax.tree.map(np.asarray, data)
         self.key = jax.random.fold_in(key, _SHUFFLING)
         self.steps = jax.eval_shape(lambda: batches(self.examples, batch_size)).shape[0]
         whole = min(self.steps, every or self.steps)
@@ -78,23 +86,35 @@ class ArrayFeed:
 
     def dispatches(self, position: Position, left: int | None) -> Iterator[Dispatch]:
         """From ``position`` to the end of its pass, ``left`` steps at most."""
+        made = self._dispatches(position, left)
+        if self.mesh is None:
+            yield from made
+            return
+        with contextlib.closing(prefetch(made, 1)) as ahead:
+            yield from ahead
+
+    def _dispatches(self, position, left):
         order = jax.random.fold_in(self.key, position.epoch)
         indices = np.asarray(batches(self.examples, self.size, key=order))
         start = position.batch
         while start < self.steps and left != 0:
             n = min(self.rhythm.next_steps(start, left), self.steps - start)
-            yield Dispatch(
-                n, self.data, indices[start:start + n], _after(position, start + n, self.steps)
-            )
+            rows, after = indices[start:start + n], _after(position, start + n, self.steps)
+            yield Dispatch(n, *self._batches(rows), after)
             start, left = start + n, left and left - n
+
+    def _batches(self, rows):
+        if self.mesh is None:
+            return self.data, rows
+        return jax.tree.map(lambda x: self.mesh.rows(x, rows), self.data), np.arange(len(rows))
 
 
 class BatchFeed:
     """Batches from an iterable, or from a function of the pass's number that returns one."""
 
-    def __init__(self, data: Iterable | Callable, most: int | None, every: int | None):
+    def __init__(self, data: Iterable | Callable, most: int | None, every: int | None, mesh=None):
         check_batches("data", data)
-        self.data = data
+        self.data, self.mesh = data, mesh
         self.steps = None
         self.rhythm = Rhythm(most or 1, every)
 
@@ -127,17 +147,29 @@ class BatchFeed:
         kept = []
         for batch in loaded:
             if kept and _form(batch) != _form(kept[0]):
-                yield from map(_single, kept)
+                yield from map(self._single, kept)
                 seen, left, kept = seen + len(kept), left and left - len(kept), []
             kept.append(batch)
             if len(kept) == self.rhythm.next_steps(seen, left):
-                yield from [_stacked(kept)] if len(kept) == self.rhythm.most > 1 else map(
-                    _single, kept
+                yield from [self._stacked(kept)] if len(kept) == self.rhythm.most > 1 else map(
+                    self._single, kept
                 )
                 seen, left, kept = seen + len(kept), left and left - len(kept), []
                 if left == 0:
                     return
-        yield from map(_single, kept)
+        yield from map(self._single, kept)
+
+    def _single(self, batch):
+        return 1, _on_device(batch, self.mesh), None
+
+    def _stacked(self, group):
+        """Several batches as one array each, for one dispatch."""
+        def one(*xs):
+            on_host = all(isinstance(x, np.ndarray) for x in xs)
+            return (np if on_host else jnp).stack(xs)
+
+        stacked = jax.tree.map(one, *group)
+        return len(group), _on_device(stacked, self.mesh, 1), np.arange(len(group))
 
     def _cut(self, loaded) -> bool:
         """Whether a pass that was cut short by the number of steps had further batches."""
@@ -171,20 +203,15 @@ def _after(position, seen, end):
     return Position(position.epoch + 1, 0) if seen == end else Position(position.epoch, seen)
 
 
-def _single(batch):
-    return 1, _on_device(batch), None
+def _on_device(tree, mesh=None, lead=0):
+    """Batches on the device, or each device's part on it; ``lead`` axes are before the examples."""
+    _check_numbers(tree)
+    if mesh is None:
+        return jax.device_put(tree)
+    return jax.tree.map(lambda x: mesh.local(x, lead), tree)
 
 
-def _stacked(group):
-    """Several batches as one array each, for one dispatch."""
-    def one(*xs):
-        on_host = all(isinstance(x, np.ndarray) for x in xs)
-        return (np if on_host else jnp).stack(xs)
-
-    return len(group), _on_device(jax.tree.map(one, *group)), np.arange(len(group))
-
-
-def _on_device(tree):
+def _check_numbers(tree):
     for x in jax.tree.leaves(tree):
         kind = getattr(x, "dtype", None)
         if not isinstance(x, (bool, int, float, complex)) and (kind is None or kind.kind in "OSU"):
@@ -193,7 +220,6 @@ def _on_device(tree):
                 f"{type(x).__name__} of {kind or 'no dtype'}; expected arrays: encode words and "
                 "classes as integers."
             )
-    return jax.device_put(tree)
 
 
 def _form(batch):

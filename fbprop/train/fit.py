@@ -16,6 +16,7 @@ from fbprop.optim.chain import check_optimizer
 from fbprop.train.evaluate import evaluate, evaluate_batches
 from fbprop.train.feed import ArrayFeed, BatchFeed, Position, check_batches, count_examples
 from fbprop.train.log import Log
+from fbprop.train.placement import placement
 from fbprop.train.progress import Progress
 from fbprop.train.run import Run, Store
 from fbprop.train.state import State, init
@@ -44,7 +45,8 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
         steps_per_dispatch: int | None = None, metric: Callable | None = None, held_out=None,
         monitor: str = "loss", mode: str = "min", patience: int | None = None,
         checkpoints: str | os.PathLike | None = None, keep_last: int = 3, resume: bool = True,
-        log: str | os.PathLike | None = None, progress: bool | None = None, **options) -> Fit:
+        log: str | os.PathLike | None = None, progress: bool | None = None, mesh=None, layout=None,
+        **options) -> Fit:
     """Trains until ``epochs`` or ``steps`` are done, or held-out results stop improving.
 
     A run is a sequence of rounds. At the end of each: the held-out metrics, a row in the history
@@ -78,6 +80,10 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
       resume: False: raise an error if the directory has checkpoints already.
       log: file for a JSON row per round; rows of steps not yet done are dropped from it first.
       progress: whether to show progress on standard error; None: if that is a terminal.
+      mesh, layout: as for `init`. Batches are split over the mesh and sent ahead to their devices;
+        the order of the data and, up to rounding, the losses are those of one device. Of several
+        processes, which all make the same call, each has all of ``data`` with ``batch_size``, and
+        without yields its own part of each batch (`fbprop.mesh.feed`).
 
     Returns:
       A `Fit`.
@@ -110,23 +116,27 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     """
     _check(epochs, steps, metric, held_out, patience, every, steps_per_dispatch)
     check_optimizer(optimizer)
-    state = params if isinstance(params, State) else init(params, optimizer)
+    place = placement(mesh, layout)
+    if isinstance(params, State):
+        state = place.moved(params)
+    else:
+        state = init(params, optimizer, mesh=mesh, layout=layout)
     store = None if checkpoints is None else Store(pathlib.Path(checkpoints), keep_last)
     state, past = (state, {}) if store is None else store.resume(state, resume)
     if batch_size is None:
-        feed = BatchFeed(data, steps_per_dispatch, every)
+        feed = BatchFeed(data, steps_per_dispatch, every, place.feed)
     else:
-        feed = ArrayFeed(data, batch_size, state.key, steps_per_dispatch, every)
+        feed = ArrayFeed(data, batch_size, state.key, steps_per_dispatch, every, place.feed)
     run = Run(
         state, Position(*past.get("position", ())), store,
         LossWatch(**past.get("loss", {})), BestSoFar(monitor, mode, **past.get("best", {})),
-        _held_out_metrics(metric, held_out, batch_size), Log(log, int(state.step)),
+        _held_out_metrics(metric, held_out, batch_size, place.feed), Log(log, int(state.step)),
     )
     total = _total_steps(run, feed, epochs, steps)
     bar = Progress(total, run.step, progress)
     try:
-        one = step(loss, optimizer, **options)
-        many = epoch(loss, optimizer, **options)
+        one = step(loss, optimizer, mesh=mesh, layout=layout, **options)
+        many = epoch(loss, optimizer, mesh=mesh, layout=layout, **options)
         stopped = _reason(run, epochs, steps, patience)
         while stopped is None:
             stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
@@ -173,7 +183,7 @@ def _reason(run, epochs, steps, patience):
     return "epochs" if epochs is not None and run.position.epoch >= epochs else None
 
 
-def _held_out_metrics(metric, held_out, batch_size):
+def _held_out_metrics(metric, held_out, batch_size, feed):
     """``state -> {name: float}``, or None without held-out data."""
     if held_out is None:
         return None
@@ -184,10 +194,13 @@ def _held_out_metrics(metric, held_out, batch_size):
 
     if batch_size is None:
         check_batches("held_out", held_out)
-        run, data = evaluate_batches(named), held_out
+        run, data = evaluate_batches(named), held_out if feed is None else feed.each(held_out)
     else:
-        count_examples("held_out", held_out)
-        run, data = evaluate(named, batch_size), jax.device_put(held_out)
+        examples = count_examples("held_out", held_out)
+        if feed is None:
+            run, data = evaluate(named, batch_size), jax.device_put(held_out)
+        else:
+            run, data = evaluate_batches(named), feed.in_order(held_out, examples, batch_size)
 
     def of(state):
         more = () if state.model_state is None else (state.model_state,)

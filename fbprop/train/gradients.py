@@ -34,10 +34,11 @@ class Gradients(NamedTuple):
     model_state: Any
 
 
-def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, **engine) -> Callable:
+def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, place, **engine) -> Callable:
     """``(held, params, batch, key, model_state, scale) -> Gradients``.
 
     ``rows``: whether gradients may be `fbprop.Rows`, where nothing has to be done with them here.
+    ``place``: where batches and gradients lie, a `Placement` or `Anywhere`.
 
     ``held`` are the parameters with None in place of those not differentiated; ``scale`` is the
     loss scale or None.
@@ -46,6 +47,8 @@ def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, **engine) -> Ca
     piece or many. A loss that is no `Weighted` has weight 1, so pieces of one size count the same.
     """
     def of_piece(held, params, batch, key, model_state, scale):
+        batch = place.batch(batch)
+
         def scaled_sum(held):
             whole = cast(_fill(held, params), dtype)
             out = call_loss(loss, whole, cast(batch, dtype), key, model_state)
@@ -56,7 +59,7 @@ def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, **engine) -> Ca
             scaled_sum, has_aux=True, factored=Rows if rows and pieces == 1 else False, **engine
         )
         (_, out), grads = differentiated(held)
-        return grads, out
+        return place.gradients(grads, params), out
 
     def whole(held, params, batch, key, model_state, scale):
         grads, out = of_piece(held, params, batch, key, model_state, scale)
@@ -75,7 +78,7 @@ def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, **engine) -> Ca
             total = tree_map(lambda t, g: t + wide(g), total, grads)
             return (total, out.model_state), (out.value, out.metrics)
 
-        start = tree_map(zeros, held), model_state
+        start = place.gradients(tree_map(zeros, held), params), model_state
         each = _split(batch, pieces), jnp.arange(pieces)
         (grads, model_state), (values, metrics) = lax.scan(one, start, each)
         value, metrics = _over_pieces((values, metrics))

@@ -142,8 +142,9 @@ def _check_writable(directory):
 
 
 def _on_host(state):
-    """A copy that survives the donation of the state."""
+    """A copy that survives the donation of the state; one on several devices stays there."""
     def one(x):
-        return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.array(x)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jnp.copy(x) if is_key or len(x.sharding.device_set) > 1 else np.array(x)
 
     return jax.tree.map(one, state)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fbprop.optim.chain import check_optimizer
+from fbprop.train.placement import placement
 from fbprop.train.precision import LossScale
 
 
@@ -34,19 +35,25 @@ class State(NamedTuple):
 
 
 def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
-         loss_scale: LossScale | None = None) -> State:
+         loss_scale: LossScale | None = None, mesh=None, layout=None) -> State:
     """The state before the first step.
 
     Args:
       params: pytree of arrays. They are copied: steps donate the state's buffers, and the caller's
-        arrays stay alive.
+        arrays stay alive. Or a function that returns them: ``lambda: net.init(key, x)``; so they
+        are made in parts on a mesh, where no device has room for all.
       optimizer: fbprop's or Optax's.
       key: from `jax.random.key` (or a uint32 key of the old kind); None: ``jax.random.key(0)``.
       model_state: pytree of arrays that the loss receives and returns, or None; copied as well.
       loss_scale: `fbprop.train.loss_scale` for float16; None: the loss is not scaled.
+      mesh: a `jax.sharding.Mesh` to lay the state out on; None: the default device. Its axes count
+        as Auto, whatever their type.
+      layout: where on it, see `fbprop.mesh.layout`; None: `fbprop.mesh.replicated`. The
+        optimiser's state lies with its parameters; all else is whole on every device.
 
     Raises:
-      TypeError: ``optimizer`` is no optimiser; something else is no array, key or loss scale.
+      TypeError: ``optimizer`` is no optimiser; something else is no array, key, loss scale, mesh
+        or layout.   ValueError: a layout that does not fit the parameters or the mesh.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,12 +73,10 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
             f"A loss scale changes during a run, got {loss_scale!r} expected "
             "fbprop.train.loss_scale(initial), or None."
         )
-    params = jax.tree.map(_fresh, params)
-    opt_state = jax.tree.map(_fresh, optimizer.init(params))
-    return State(
-        params, opt_state, jnp.zeros((), jnp.int32), _fresh(key),
-        jax.tree.map(_fresh, model_state), jax.tree.map(_fresh, loss_scale),
+    params, opt_state, rest = placement(mesh, layout).start(
+        params, optimizer.init, (jnp.zeros((), jnp.int32), key, model_state, loss_scale)
     )
+    return State(params, opt_state, *rest)
 
 
 def check_is_state(state):
@@ -80,13 +85,3 @@ def check_is_state(state):
             f"A step goes from state to state, got {type(state).__name__} expected "
             "fbprop.train.State: fbprop.train.init(params, optimizer) makes the first."
         )
-
-
-def _fresh(x):
-    """A copy with a buffer of its own, without the weak type that would make step 2 recompile."""
-    if not isinstance(x, (jax.typing.ArrayLike, list)):
-        raise TypeError(
-            f"A state is a pytree of arrays, got a leaf {x!r} of type {type(x).__name__} expected "
-            "arrays or numbers: keep what is none outside."
-        )
-    return jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True)

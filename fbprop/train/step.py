@@ -14,12 +14,14 @@ from fbprop.core.table import Table
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
 from fbprop.optim.transform import increment, scaled, takes_factored
 from fbprop.train.gradients import check_pieces, gradients_of
+from fbprop.train.placement import placement
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
 from fbprop.train.state import State, check_is_state
 
 
 def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
-         rules: Table | None = None, fallback: str | None = "registered") -> Callable:
+         rules: Table | None = None, fallback: str | None = "registered", mesh=None,
+         layout=None) -> Callable:
     """One jitted training step, ``(state, batch) -> (state, metrics)``.
 
     The gradient is `fbprop.value_and_grad`'s. The old state's buffers are donated: its arrays are
@@ -41,6 +43,9 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
         loss; parameters, gradients and updates themselves stay as they are, float32. float16
         needs a state with a `loss_scale`. None: no cast.
       rules, fallback: as for `fbprop.vjp`.
+      mesh, layout: those that `init` made the state with. The batch is split over the layout's
+        axes for it; `fbprop.mesh.feed` sends each part to its device beforehand. Losses, metrics
+        and batch statistics are those of the whole batch.
 
     Returns:
       The function. ``metrics`` is the dict that ``loss`` returned, and ``"loss"``, the loss before
@@ -49,8 +54,8 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
 
     Raises:
       TypeError: ``optimizer`` is no optimiser; ``loss`` returns something else.
-      ValueError: ``loss`` calls one of its metrics "loss"; a batch that ``accumulate`` does not
-        divide; float16 without a loss scale; a model state that changes its form.
+      ValueError: ``loss`` calls one of its metrics "loss"; a batch that ``accumulate`` or the mesh
+        does not divide; float16 without a loss scale; a model state that changes its form.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,19 +72,21 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
       >>> int(state.step), bool(metrics["loss"] < 1e-3)
       (100, True)
     """
-    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback)
+    place = placement(mesh, layout)
+    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback, place)
     return jax.jit(one, donate_argnums=0)
 
 
 def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
-          rules: Table | None = None, fallback: str | None = "registered") -> Callable:
+          rules: Table | None = None, fallback: str | None = "registered", mesh=None,
+          layout=None) -> Callable:
     """Many training steps in one dispatch, ``(state, data, indices) -> (state, metrics)``.
 
     A `jax.lax.scan` over ``indices``: each step gathers its batch from data that stay on the
     device, so nothing returns to Python in between. As `step` otherwise.
 
     Args:
-      loss, optimizer, accumulate, compute_dtype, rules, fallback: see `step`.
+      loss, optimizer, accumulate, compute_dtype, rules, fallback, mesh, layout: see `step`.
 
     Returns:
       A jitted function of ``state`` (donated), ``data``, a pytree of arrays with examples along
@@ -102,7 +109,8 @@ def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
       >>> metrics["loss"].shape
       (4,)
     """
-    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback)
+    place = placement(mesh, layout)
+    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback, place)
 
     def run(state, data, indices):
         _check_data(data, indices)
@@ -111,13 +119,14 @@ def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
     return jax.jit(run, donate_argnums=0)
 
 
-def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
+def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback, place):
     check_optimizer(optimizer)
     check_pieces(accumulate)
     check_compute_dtype(compute_dtype)
     update_of = with_extra(optimizer)
     gradients = gradients_of(
-        loss, accumulate, compute_dtype, takes_factored(optimizer), rules=rules, fallback=fallback
+        loss, accumulate, compute_dtype, takes_factored(optimizer), place, rules=rules,
+        fallback=fallback,
     )
 
     def one(state: State, batch):
@@ -142,7 +151,7 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback):
             finite = all_finite(got.grads)
             new = keep_if_finite(finite, new, state)
             metrics |= {"loss_scale": scale, "skipped": ~finite}
-        return new, metrics
+        return place.result(new, metrics)
 
     return one
 
