@@ -185,6 +185,12 @@ def scope(eqn):
     return "/".join(part for part in stack.split("/") if part)
 
 
+def is_derivative(eqn):
+    """Whether an equation was made by `jax.jvp` or `jax.grad` of a function."""
+    stack = str(eqn.source_info.name_stack)
+    return "jvp(" in stack or "transpose(" in stack
+
+
 def sub_jaxprs(params):
     """Every jaxpr among an equation's parameters, by parameter name and position."""
     for name, value in params.items():

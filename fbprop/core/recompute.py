@@ -28,7 +28,7 @@ CHEAP = frozenset((
     "expand_dims", "gather", "ge", "gt", "hold", "imag", "integer_pow", "iota", "is_finite", "jit",
     "le", "lt", "max", "min", "mul", "name", "ne", "neg", "not", "one_minus_square", "or", "pad",
     "real", "rem", "reshape", "rev", "select_n", "sign", "slice", "split", "square", "squeeze",
-    "stop_gradient", "sub", "transpose", "xor",
+    "stop_gradient", "sub", "tap", "transpose", "xor",
 ))
 FURTHEST = 8  # times the size of a value may be computed to make it again
 SMALLEST = 4096  # bytes; of less, an equation more is not worth it
@@ -67,13 +67,16 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
             need = frozenset().union(*(needs[u] for u in operands)) - known
             size, cost = jc.nbytes(v.aval), sum(jc.nbytes(u.aval) for u in need)
             worth = size >= SMALLEST and cost <= SLACK * size if v in keep else cost < size
-            if cheap and worth and passes + size <= FURTHEST * size:
-                made_by[v], work[v], needs[v] = eqn, passes + size, need
+            spent = passes + size
+            if not _computes(eqn):
+                need, worth, spent = needs[operands[0]] - known, True, passes
+            if cheap and worth and spent <= FURTHEST * size:
+                made_by[v], work[v], needs[v] = eqn, spent, need
                 known |= need if v in keep else set()
             else:
                 needs[v] = frozenset((v,))
                 known |= {v} if v in keep else set()
-    sizes = [jc.nbytes(v.aval) for v in keep if v in made_by]
+    sizes = [jc.nbytes(v.aval) for v in keep if v in made_by and _computes(made_by[v])]
     if at_hand and sum(sizes) < FEWEST * max(sizes, default=0):
         return tuple(keep), {}
     stored, made, todo = {v: None for v in keep if v not in made_by}, {}, [*keep]
@@ -105,6 +108,10 @@ def is_cheap(eqn) -> bool:
     ):
         return False  # from a large table: `word_embedding_step` takes 1.15 times as long otherwise
     return all(_is_cheap_inside(inner) for _, inner in jc.sub_jaxprs(eqn.params))
+
+
+def _computes(eqn):
+    return eqn.primitive.name != "tap"  # whose result is its first operand (`fbprop.core.tap`)
 
 
 def _runs_as_it_stands(found):
@@ -164,7 +171,8 @@ class Values:
             eqn = self.made_by[atom]
             operands = [self.of(v, cotangents) for v in eqn.invars]
             if not any(v in self.made_by for v in eqn.invars if jc.is_var(v)):
-                operands = _held(operands, cotangents)
+                n = len(operands) if _computes(eqn) else 1  # a tap's others are not read
+                operands = [*_held(operands[:n], cotangents), *operands[n:]]
             self.made.update(zip(eqn.outvars, jc.bind(eqn, operands)))
         return self.made[atom]
 

@@ -15,8 +15,10 @@ from jax import lax
 from fbprop.core import jaxcompat as jc
 from fbprop.core.opaque import held, is_number_in_trace
 
-# The same numbers in another shape: there is nothing to compute.
-VIEWS = frozenset(("broadcast_in_dim", "expand_dims", "name", "reshape", "squeeze", "transpose"))
+# The numbers of the first operand in another shape: there is nothing to compute.
+VIEWS = frozenset(
+    ("broadcast_in_dim", "expand_dims", "name", "reshape", "squeeze", "tap", "transpose")
+)
 
 
 class Tie:
@@ -57,6 +59,8 @@ def _held_inputs(invars, eqns, tied):
     dependent = {}
     for eqn in eqns:
         operands = [v for v in eqn.invars if jc.is_var(v)]
+        if eqn.primitive.name in VIEWS:
+            operands = operands[:1]
         possible = [source for v in operands for source in inputs.get(v, ())]
         if any(v in dependent for v in operands):
             dependent.update(dict.fromkeys(eqn.outvars))
