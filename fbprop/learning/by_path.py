@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-from jax.tree_util import tree_leaves, tree_unflatten
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from fbprop.learning.feedback import Feedback, direction, start
 from fbprop.learning.method import BACKPROP, Method, check_method
@@ -103,12 +103,13 @@ class _ByPath(Method):
     def _learn(self, updates, params, memory):
         self._check(memory)
         which = assigned(self.patterns, names_of(params))
-        new, leaves, tree = list(memory), tree_leaves(updates), jax.tree.structure(updates)
+        new, chosen = list(memory), [*which]
         for k, method in enumerate(self.methods):
             changed, new[k] = method.update(updates, params, memory[k])
-            for i, x in enumerate(tree_leaves(changed)):
-                leaves[i] = x if which[i] == k else leaves[i]
-        return tree_unflatten(tree, leaves), tuple(new)
+            # Frozen parameters have None in the place of an update.
+            leaves, tree = tree_flatten(changed, is_leaf=lambda x: x is None)
+            chosen = [x if w == k else c for x, w, c in zip(leaves, which, chosen)]
+        return tree_unflatten(tree, chosen), tuple(new)
 
     def _check(self, memory):
         if not isinstance(memory, tuple) or len(memory) != len(self.methods):

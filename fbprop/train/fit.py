@@ -56,9 +56,9 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
 
     Args:
       loss, optimizer, **options: as for `fbprop.train.step`: ``accumulate``, ``compute_dtype``,
-        ``rules``, ``fallback``.
-      params: the first parameters; or a `State` from `init`, for a key of one's own, a model state
-        or a loss scale. A `State` is donated.
+        ``rules``, ``fallback``, ``learning``, ``alignment``.
+      params: the first parameters; or a `State` from `init`, for a key of one's own, a model state,
+        a loss scale or a learning rule's memory. A `State` is donated.
       data: with ``batch_size``, a pytree of arrays with examples along their first axis: they are
         put on the device and shuffled anew in every pass, the n % batch_size last ones of each
         shuffle left out. Without, an iterable of batches (pytrees of arrays), gone through once a

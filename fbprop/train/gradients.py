@@ -11,6 +11,7 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.core.factored import Rows, dense
+from fbprop.learning.method import Method
 from fbprop.optim.arguments import check_count
 from fbprop.optim.objective import Weighted, call_loss, mean_of, means_of, number
 from fbprop.optim.transform import scaled, wide, zeros
@@ -26,64 +27,77 @@ class Gradients(NamedTuple):
       value: the loss, scalar.
       metrics: dict of arrays.
       model_state: the new one, or None.
+      learning: the learning rule's memory, or None.
     """
 
     grads: Any
     value: jax.Array
     metrics: dict[str, Any]
     model_state: Any
+    learning: Any = None
 
 
-def gradients_of(loss: Callable, pieces: int, dtype, rows: bool, place, **engine) -> Callable:
-    """``(held, params, batch, key, model_state, scale) -> Gradients``.
+def gradients_of(
+    loss: Callable, pieces: int, dtype, rows: bool, place, learning: Method | None = None,
+    **engine,
+) -> Callable:
+    """``(held, params, batch, key, model_state, scale, memory) -> Gradients``.
 
     ``rows``: whether gradients may be `fbprop.Rows`, where nothing has to be done with them here.
     ``place``: where batches and gradients lie, a `Placement` or `Anywhere`.
 
     ``held`` are the parameters with None in place of those not differentiated; ``scale`` is the
-    loss scale or None.
+    loss scale or None. Of a learning rule with this ``memory`` they are its direction.
 
     The gradient is that of the loss's sum, divided by its weight at the end: the same for one
     piece or many. A loss that is no `Weighted` has weight 1, so pieces of one size count the same.
     """
-    def of_piece(held, params, batch, key, model_state, scale):
-        batch = place.batch(batch)
+    def scaled_sum(params, batch, key, model_state, scale):
+        whole = cast(params, dtype)
+        out = call_loss(loss, whole, cast(batch, dtype), key, model_state)
+        total = out.value.sum if isinstance(out.value, Weighted) else out.value
+        return total if scale is None else scaled(total, scale), out
 
-        def scaled_sum(held):
-            whole = cast(_fill(held, params), dtype)
-            out = call_loss(loss, whole, cast(batch, dtype), key, model_state)
-            total = out.value.sum if isinstance(out.value, Weighted) else out.value
-            return total if scale is None else scaled(total, scale), out
-
+    def of_piece(held, params, batch, *args, memory):
+        args = place.batch(batch), *args
+        if learning is not None:
+            run = learning.value_and_grad(scaled_sum, has_aux=True, **engine)
+            ((_, out), grads), memory = run(_fill(held, params), *args, memory=memory)
+            return place.gradients(_held(grads, held), params), out, memory
         differentiated = value_and_grad(
-            scaled_sum, has_aux=True, factored=Rows if rows and pieces == 1 else False, **engine
+            lambda held: scaled_sum(_fill(held, params), *args), has_aux=True,
+            factored=Rows if rows and pieces == 1 else False, **engine
         )
         (_, out), grads = differentiated(held)
-        return place.gradients(grads, params), out
+        return place.gradients(grads, params), out, memory
 
-    def whole(held, params, batch, key, model_state, scale):
-        grads, out = of_piece(held, params, batch, key, model_state, scale)
+    def whole(held, params, batch, key, model_state, scale, memory):
+        grads, out, memory = of_piece(
+            held, params, batch, key, model_state, scale, memory=memory
+        )
         weight = out.value if isinstance(out.value, Weighted) else None
         return Gradients(
             _divided(grads, held, weight, scale), mean_of(out.value), means_of(out.metrics),
-            out.model_state,
+            out.model_state, memory,
         )
 
-    def in_pieces(held, params, batch, key, model_state, scale):
+    def in_pieces(held, params, batch, key, model_state, scale, memory):
         def one(carry, at):
-            total, model_state = carry
-            grads, out = of_piece(
-                held, params, at[0], jax.random.fold_in(key, at[1]), model_state, scale
+            total, model_state, memory = carry
+            grads, out, memory = of_piece(
+                held, params, at[0], jax.random.fold_in(key, at[1]), model_state, scale,
+                memory=memory,
             )
             total = tree_map(lambda t, g: t + wide(g), total, grads)
-            return (total, out.model_state), (out.value, out.metrics)
+            return (total, out.model_state, memory), (out.value, out.metrics)
 
-        start = place.gradients(tree_map(zeros, held), params), model_state
+        start = place.gradients(tree_map(zeros, held), params), model_state, memory
         each = _split(batch, pieces), jnp.arange(pieces)
-        (grads, model_state), (values, metrics) = lax.scan(one, start, each)
+        (grads, model_state, memory), (values, metrics) = lax.scan(one, start, each)
         value, metrics = _over_pieces((values, metrics))
         weight = _total(values) if isinstance(values, Weighted) else Weighted(0.0, pieces)
-        return Gradients(_divided(grads, held, weight, scale), value, metrics, model_state)
+        grads = _divided(grads, held, weight, scale)
+        return Gradients(grads, value, metrics, model_state, memory)
 
     return whole if pieces == 1 else in_pieces
 
@@ -125,6 +139,13 @@ def _split(batch, pieces):
             f"length, a multiple of accumulate={pieces}."
         )
     return tree_map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+
+
+def _held(grads, held):
+    """The gradients of the parameters that are held."""
+    return tree_map(
+        lambda h, g: None if h is None else g, held, grads, is_leaf=lambda h: h is None
+    )
 
 
 def _fill(params, full):

@@ -96,9 +96,10 @@ def keep_if_finite(finite: jax.Array, new, old):
         interval,
     )
     chosen = tree_map(lambda n, o: jnp.where(finite, n, o), *(_arrays(s) for s in (new, old)))
-    params, opt_state, model_state = chosen
+    params, opt_state, model_state, learning = chosen
     return new._replace(
-        params=params, opt_state=opt_state, model_state=model_state, loss_scale=adjusted
+        params=params, opt_state=opt_state, model_state=model_state, loss_scale=adjusted,
+        learning=learning,
     )
 
 
@@ -124,4 +125,4 @@ def check_scaled(dtype, scale):
 
 
 def _arrays(state):
-    return state.params, state.opt_state, state.model_state
+    return state.params, state.opt_state, state.model_state, state.learning

@@ -24,6 +24,7 @@ class State(NamedTuple):
       model_state: what the model carries from step to step besides parameters, such as running
         statistics: any pytree of arrays; None without.
       loss_scale: a `LossScale` for float16, or None.
+      learning: the memory of a learning rule (`fbprop.learning`), or None for backpropagation.
     """
 
     params: Any
@@ -32,10 +33,11 @@ class State(NamedTuple):
     key: jax.Array
     model_state: Any = None
     loss_scale: LossScale | None = None
+    learning: Any = None
 
 
 def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
-         loss_scale: LossScale | None = None, mesh=None, layout=None) -> State:
+         loss_scale: LossScale | None = None, mesh=None, layout=None, learning=None) -> State:
     """The state before the first step.
 
     Args:
@@ -50,6 +52,8 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
         as Auto, whatever their type.
       layout: where on it, see `fbprop.mesh.layout`; None: `fbprop.mesh.replicated`. The
         optimiser's state lies with its parameters; all else is whole on every device.
+      learning: memory of the learning rule that `step` is given, from its ``init(key, loss, params,
+        batch, key)``; copied as well. None: backpropagation.
 
     Raises:
       TypeError: ``optimizer`` is no optimiser; something else is no array, key, loss scale, mesh
@@ -74,7 +78,7 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
             "fbprop.train.loss_scale(initial), or None."
         )
     params, opt_state, rest = placement(mesh, layout).start(
-        params, optimizer.init, (jnp.zeros((), jnp.int32), key, model_state, loss_scale)
+        params, optimizer.init, (jnp.zeros((), jnp.int32), key, model_state, loss_scale, learning)
     )
     return State(params, opt_state, *rest)
 

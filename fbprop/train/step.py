@@ -11,9 +11,12 @@ from jax.tree_util import tree_map
 
 from fbprop.core.factored import dense
 from fbprop.core.table import Table
+from fbprop.learning.alignment import compared
+from fbprop.learning.method import Method
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
 from fbprop.optim.transform import increment, scaled, takes_factored
 from fbprop.train.gradients import check_pieces, gradients_of
+from fbprop.train.learned import check_learning, learned
 from fbprop.train.placement import placement
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
 from fbprop.train.state import State, check_is_state
@@ -21,7 +24,7 @@ from fbprop.train.state import State, check_is_state
 
 def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
          rules: Table | None = None, fallback: str | None = "registered", mesh=None,
-         layout=None) -> Callable:
+         layout=None, learning: Method | None = None, alignment: bool = False) -> Callable:
     """One jitted training step, ``(state, batch) -> (state, metrics)``.
 
     The gradient is `fbprop.value_and_grad`'s. The old state's buffers are donated: its arrays are
@@ -46,6 +49,10 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
       mesh, layout: those that `init` made the state with. The batch is split over the layout's
         axes for it; `fbprop.mesh.feed` sends each part to its device beforehand. Losses, metrics
         and batch statistics are those of the whole batch.
+      learning: a learning rule (`fbprop.learning`), whose direction takes the gradient's place; the
+        state holds its memory. None: backpropagation.
+      alignment: whether metrics have ``"alignment"``, the cosine of that direction to the gradient,
+        which is then computed as well.
 
     Returns:
       The function. ``metrics`` is the dict that ``loss`` returned, and ``"loss"``, the loss before
@@ -73,20 +80,23 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
       (100, True)
     """
     place = placement(mesh, layout)
-    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback, place)
+    one = _one_step(
+        loss, optimizer, accumulate, compute_dtype, place, learning, alignment, rules=rules,
+        fallback=fallback,
+    )
     return jax.jit(one, donate_argnums=0)
 
 
 def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
           rules: Table | None = None, fallback: str | None = "registered", mesh=None,
-          layout=None) -> Callable:
+          layout=None, learning: Method | None = None, alignment: bool = False) -> Callable:
     """Many training steps in one dispatch, ``(state, data, indices) -> (state, metrics)``.
 
     A `jax.lax.scan` over ``indices``: each step gathers its batch from data that stay on the
     device, so nothing returns to Python in between. As `step` otherwise.
 
     Args:
-      loss, optimizer, accumulate, compute_dtype, rules, fallback, mesh, layout: see `step`.
+      loss, optimizer and the keywords: see `step`.
 
     Returns:
       A jitted function of ``state`` (donated), ``data``, a pytree of arrays with examples along
@@ -110,7 +120,10 @@ def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
       (4,)
     """
     place = placement(mesh, layout)
-    one = _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback, place)
+    one = _one_step(
+        loss, optimizer, accumulate, compute_dtype, place, learning, alignment, rules=rules,
+        fallback=fallback,
+    )
 
     def run(state, data, indices):
         _check_data(data, indices)
@@ -119,34 +132,36 @@ def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
     return jax.jit(run, donate_argnums=0)
 
 
-def _one_step(loss, optimizer, accumulate, compute_dtype, rules, fallback, place):
+def _one_step(loss, optimizer, accumulate, compute_dtype, place, learning, alignment, **engine):
     check_optimizer(optimizer)
     check_pieces(accumulate)
     check_compute_dtype(compute_dtype)
     update_of = with_extra(optimizer)
-    gradients = gradients_of(
-        loss, accumulate, compute_dtype, takes_factored(optimizer), place, rules=rules,
-        fallback=fallback,
-    )
+    rows = takes_factored(optimizer)
+    gradients = gradients_of(loss, accumulate, compute_dtype, rows, place, learning, **engine)
+    true = gradients_of(loss, accumulate, compute_dtype, False, place, **engine)
 
     def one(state: State, batch):
         check_is_state(state)
+        check_learning(learning, state)
         check_scaled(compute_dtype, state.loss_scale)
         key = jax.random.fold_in(state.key, state.step)
         held = _trainable(optimizer, state.params)
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        got = gradients(held, state.params, batch, key, state.model_state, scale)
+        given = state.params, batch, key, state.model_state, scale, state.learning
+        got = gradients(held, *given)
         updates, opt_state = update_of(
             got.grads, state.opt_state, held, value=got.value, grad=dense(got.grads),
-            value_fn=_value_of(lambda p: gradients(
-                p, state.params, batch, key, state.model_state, scale
-            )),
+            value_fn=_value_of(lambda p: gradients(p, *given)),
         )
+        updates, memory = learned(learning, updates, state.params, got.learning)
         new = State(
             apply_updates(state.params, updates), opt_state, increment(state.step), state.key,
-            got.model_state, state.loss_scale,
+            got.model_state, state.loss_scale, memory,
         )
         metrics = {"loss": got.value, **got.metrics}
+        if alignment:
+            metrics["alignment"] = compared(dense(got.grads), true(held, *given).grads).total
         if scale is not None:
             finite = all_finite(got.grads)
             new = keep_if_finite(finite, new, state)
