@@ -13,8 +13,6 @@ from jax.interpreters import ad, batching, mlir
 
 from fbprop.core.rule import Rule, Step
 
-NAME = "tap"
-
 
 def tap(x, numbers, of):
     """``x``; ``numbers``: zeros of the types of the statistics ``of``, a tuple of functions."""
@@ -36,8 +34,8 @@ class Tap(Rule):
 
     takes_zeros = True
 
-    def reached(self, site):
-        return site.active
+    def declared(self, site):
+        return ()
 
     def prepare(self, site):
         def backward(kept, extra, douts):
@@ -47,10 +45,10 @@ class Tap(Rule):
         return Step((), backward)
 
 
-tap_p = Primitive(NAME)
+tap_p = Primitive("tap")
 tap_p.def_impl(lambda x, *_, of: x)
 tap_p.def_abstract_eval(lambda x, *_, of: x)
 ad.primitive_jvps[tap_p] = lambda primals, tangents, of: (tap_p.bind(*primals, of=of), tangents[0])
 batching.primitive_batchers[tap_p] = lambda args, dims, of: (args[0], dims[0])
 mlir.register_lowering(tap_p, lambda ctx, x, *_, of: [x])
-RULE = Tap(NAME, "y = x;  x̄ = ȳ, t̄ᵢ = fᵢ(ȳ)")
+TAP = Tap("tap", "y = x;  x̄ = ȳ, t̄ᵢ = fᵢ(ȳ), what is to be known of ȳ (`fbprop.core.tap`)")

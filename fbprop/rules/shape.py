@@ -15,6 +15,7 @@ from fbprop.core import cotangent as ct
 from fbprop.core.factored import Contraction
 from fbprop.core.jaxcompat import differentiable
 from fbprop.core.rule import Pullbacks, linear, no_gradient, pair, rule
+from fbprop.core.tap import TAP
 
 
 def _broadcast_in_dim(dy, *, broadcast_dimensions, x_aval):
@@ -147,6 +148,7 @@ RULES = [
     rule(
         "hold", "y = x, not before t exists (`fbprop.core.opaque`);  x̄ = ȳ", x=lambda dy: dy, t=None
     ),
+    TAP,
     pair(
         "optimization_barrier", "y = x, nothing moved across;  x̄ = ȳ, behind a barrier of its own",
         _optimization_barrier,

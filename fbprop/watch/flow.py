@@ -19,7 +19,7 @@ from fbprop.core.arguments import check_function, check_input, cotangent_one, in
 from fbprop.core.engine import Engine, Flow, Plan
 from fbprop.core.halves import inlined
 from fbprop.core.table import Table
-from fbprop.core.tap import RULE
+from fbprop.core.tap import TAP
 from fbprop.reverse import vjp
 from fbprop.watch.points import leaves, points
 from fbprop.watch.report import Report, flowed
@@ -101,7 +101,7 @@ def value_and_grad(
 
         value, pullback, (outs, seen) = vjp(
             tapped, [args[i] for i in distinct], taps, has_aux=True,
-            rules=table.extend(RULE), fallback=fallback,
+            rules=table if "tap" in table else table.extend(TAP), fallback=fallback,
         )
         gradients, dtaps = pullback(cotangent_one(value, False))
         found_at = dict(zip(distinct, gradients))

@@ -9,6 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from cases.case import Case, complex_, real
 from fbprop.core.opaque import either, held
+from fbprop.core.tap import tap
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 ROW_MAJOR = Layout((0, 1))
@@ -47,6 +48,7 @@ CASES = [
     Case("name", lambda x: checkpoint_name(x, "x"), (real(2, 3),)),
     Case("either", lambda x: either(x, lax.stop_gradient(x)), (real(2, 3),)),
     Case("hold", lambda x: held(x, jnp.ones(5, x.dtype)), (real(2, 3),)),
+    Case("tap", lambda x: tap(x, (), ()), (real(2, 3),)),
     Case("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)),
          (real(2, 3), real(5))),
     Case("optimization_barrier", lambda x: lax.optimization_barrier((x, jnp.arange(3)))[0],
