@@ -6,10 +6,14 @@ A rule is data, as an optimiser is: `Method.init` makes its memory from a key, a
 
 from fbprop.learning.alignment import Alignment, alignment
 from fbprop.learning.by_path import by_path
-from fbprop.learning.feedback import Feedback, feedback_alignment, kolen_pollack, sign_symmetry
+from fbprop.learning.direct import direct_feedback_alignment, direct_kolen_pollack
+from fbprop.learning.feedback import Feedback
+from fbprop.learning.learned_feedback import kolen_pollack, product_feedback
 from fbprop.learning.method import Method, backprop
+from fbprop.learning.random_feedback import feedback_alignment, sign_symmetry
 
 __all__ = [
-    "Alignment", "Feedback", "Method", "alignment", "backprop", "by_path", "feedback_alignment",
-    "kolen_pollack", "sign_symmetry",
+    "Alignment", "Feedback", "Method", "alignment", "backprop", "by_path",
+    "direct_feedback_alignment", "direct_kolen_pollack", "feedback_alignment", "kolen_pollack",
+    "product_feedback", "sign_symmetry",
 ]

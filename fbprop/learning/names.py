@@ -53,11 +53,11 @@ def assigned(patterns, names) -> list[int]:
     return found
 
 
-def check_memory(memory, weights: dict):
+def check_memory(memory, expected: dict):
     """That a memory, a dict by path, is of these weights.
 
     Args:
-      weights: the parameters it may be of, by path.
+      expected: types of their states, by path.
     """
     if not isinstance(memory, dict):
         raise TypeError(
@@ -65,15 +65,15 @@ def check_memory(memory, weights: dict):
             "dict by path: memory = method.init(key, loss, params, *args)."
         )
     for path, state in memory.items():
-        shape = None if path not in weights else jnp.shape(weights[path])
-        others = [jnp.shape(x) for x in jax.tree.leaves(state) if _is_of_a_weight(x)]
-        if shape is None or any(s not in (shape, ()) for s in others):
+        got, wanted = _types(state), _types(expected.get(path))
+        if path not in expected or got != wanted:
             raise ValueError(
-                f"A method's memory belongs to one network, got one of {path!r} with "
-                f"{others} expected {'no such path' if shape is None else list(shape)}: make it "
-                "with method.init(key, loss, params, *args) of these parameters."
+                f"A method's memory belongs to one network, got one of {path!r} with {got} "
+                f"expected {wanted if path in expected else 'no such path'}: make it with "
+                "method.init(key, loss, params, *args) of these parameters."
             )
 
 
-def _is_of_a_weight(x):
-    return not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _types(state):
+    leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in jax.tree.leaves(state)]
+    return [f"{x.dtype.name}{list(x.shape)}" for x in leaves]

@@ -69,20 +69,43 @@ def traced(loss: Callable, params, args) -> Loss:
     return Loss(jaxpr, names_of(params), tree, arg_leaves, seen["tree"])
 
 
-def weights_of(loss: Loss, params, numbers) -> list[int]:
-    """Which of these leaves are weights in products with data.
+class Use(NamedTuple):
+    """A product of data with a weight.
+
+    Attributes:
+      place: where it stands, see `Trace`.
+      leaves: numbers of the parameters that the weight is made of.
+      x, w, y: types of the data, the weight and the product.
+      active: whether the data depend on parameters, so that they get a cotangent.
+    """
+
+    place: tuple
+    leaves: frozenset
+    x: Any
+    w: Any
+    y: Any
+    active: bool
+
+
+def uses_of(loss: Loss, params, numbers, every=False) -> list[Use]:
+    """The products of data with weights, in order; these leaves are those that have feedback.
+
+    Args:
+      every: also those with other parameters.
 
     Raises:
       ValueError: a product of theirs is of a form that has no feedback weight.
     """
-    found = set()
+    found = {}
 
     def product(eqn, values, at, place):
-        found.update(values[at].mark.leaves)
-        return jc.bind(eqn, [v.array for v in values])
+        outs, x, w = jc.bind(eqn, [v.array for v in values]), values[1 - at], values[at]
+        types = (jax.typeof(a) for a in (x.array, w.array, outs[0]))
+        found[place] = Use(place, w.mark.leaves, *types, bool(x.mark.leaves))
+        return outs
 
     def run(leaves):
-        return loss.result(leaves, product, {i: leaves[i] for i in numbers})
+        return loss.result(leaves, product, {i: leaves[i] for i in numbers}, every)
 
     jax.eval_shape(run, tree_leaves(params))
-    return [i for i in numbers if i in found]
+    return list(found.values())

@@ -15,9 +15,10 @@ from jax import lax
 from fbprop import rules as _rules
 from fbprop.core import jaxcompat as jc
 from fbprop.core.operation import Operation
-from fbprop.learning.value import CONSTANT, DATA, KINDS, Mark, Value, joined
+from fbprop.learning.value import CONSTANT, KINDS, Mark, Value, joined
 from fbprop.rules.control import choose
 
+LOOP, BRANCH = "loop", "branch"
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # Linear in all operands together.
 LINEAR = frozenset((
@@ -39,11 +40,13 @@ class Trace:
 
     ``values`` are the equation's operands, that at ``at`` the weight; ``place`` says where the
     equation stands: its number, after those of the equations around it. It returns arrays, and in
-    `noted` may leave others, by name: those of a loop's steps are stacked.
+    `noted` may leave others, by name: those of a loop's steps are stacked. A ``place`` in a loop
+    has LOOP in it, in a branch BRANCH.
 
     Args:
       consts: the mark of arrays that the loss closes over.
-      every: whether products with parameters that have no feedback are handed over too.
+      every: whether products with parameters that have no feedback are handed over too, and what
+        `jax.checkpoint` is around is run as it stands, for whoever notes what is inside.
     """
 
     def __init__(self, product: Callable, consts: Mark = CONSTANT, every: bool = False):
@@ -67,7 +70,7 @@ class Trace:
             return bound(eqn, values)
         if name in PRODUCTS:
             return self.multiply(eqn, values, place)
-        if name in CALLS:
+        if name in CALLS or (self.every and name in ("remat2", "checkpoint")):
             with jc.equation_context(eqn):
                 return _call(eqn, values, lambda values: self.run(inner[0], values, place))
         run = {"scan": self.scan, "cond": self.cond, "remat2": self.remat, "checkpoint": self.remat}
@@ -113,7 +116,8 @@ class Trace:
         if marks[at].is_data:  # rows of an embedding that meet data are their weight
             at = 0 if marks[0].rows else 1
         outs = self.product(eqn, values, at, place)
-        return [Value(y, DATA) for y in outs]
+        leaves = frozenset().union(*(m.leaves for m in marks))
+        return [Value(y, Mark("data", leaves)) for y in outs]
 
     # Equations that contain others
 
@@ -136,7 +140,7 @@ class Trace:
     def cond(self, eqn, values, place):
         index, operands = values[0], values[1:]
         branches = eqn.params["branches"]
-        runs = [self.inside(b, (*place, k)) for k, b in enumerate(branches)]
+        runs = [self.inside(b, (*place, BRANCH, k)) for k, b in enumerate(branches)]
         shapes = [jax.eval_shape(run, operands) for run in runs]
         if any(noted for _, noted in shapes):
             raise ValueError(
@@ -155,7 +159,7 @@ class Trace:
         p, (n_consts, n_carry) = eqn.params, jc.scan_sizes(eqn.params)
         consts, xs = values[:n_consts], values[n_consts + n_carry :]
         carry = values[n_consts : n_consts + n_carry]
-        run = self.inside(p["jaxpr"], place)
+        run = self.inside(p["jaxpr"], (*place, LOOP))
 
         def body(carry, xs):
             outs, noted = run([*consts, *carry, *xs])
@@ -207,7 +211,7 @@ def _chosen(mark, by: Mark):
     """The mark of what an index chose."""
     if not by.is_data:
         return mark
-    return mark._replace(rows=True) if mark.is_weight else DATA
+    return mark._replace(rows=True) if mark.is_weight else Mark("data", mark.leaves)
 
 
 def bound(eqn, values):
@@ -215,11 +219,12 @@ def bound(eqn, values):
     outs = jc.bind(eqn, [v.array for v in values])
     marks = [v.mark for v in values]
     kind = max((m.kind for m in marks), key=KINDS.index, default="constant")
+    leaves = frozenset().union(*(m.leaves for m in marks))
     if kind == "data" or any(m.rows for m in marks):
-        mark = DATA
+        mark = Mark("data", leaves)
     elif kind in ("weight", "made"):
         made_by = next((m.made_by for m in marks if m.made_by), "") or said(eqn)
-        mark = Mark("made", frozenset().union(*(m.leaves for m in marks)), False, made_by)
+        mark = Mark("made", leaves, False, made_by)
     else:
         mark = joined(marks) if marks else CONSTANT
     return [Value(y, mark) for y in outs]

@@ -21,7 +21,7 @@ class Mark(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      leaves: numbers of the parameters it is made of, if it is not of data.
+      leaves: numbers of the parameters it depends on.
       rows: whether data choose which part of the parameters it is: rows of an embedding. These are
         data where a weight meets them, and a weight where data do.
       made_by: the equation after which a weight was none any more, in words.
@@ -74,8 +74,8 @@ def joined(marks) -> Mark:
     """The mark of what is one of these values: of a branch, or of a step of a loop."""
     marks = list(marks)
     kind = max((m.kind for m in marks), key=KINDS.index)
-    if kind == "data" or (kind != "weight" and any(m.rows for m in marks)):
-        return DATA
     leaves = frozenset().union(*(m.leaves for m in marks))
+    if kind == "data" or (kind != "weight" and any(m.rows for m in marks)):
+        return Mark("data", leaves)
     made_by = next((m.made_by for m in marks if m.made_by), "")
     return Mark(kind, leaves, any(m.rows for m in marks), made_by)
