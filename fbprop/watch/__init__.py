@@ -2,9 +2,11 @@
 
 from fbprop.watch import curvature, per_example
 from fbprop.watch.flow import value_and_grad
+from fbprop.watch.nonfinite import NonFinite, Origin, first_nonfinite
 from fbprop.watch.report import Report
 from fbprop.watch.statistics import finite, max_abs, norm, zeros
 
 __all__ = [
-    "Report", "curvature", "finite", "max_abs", "norm", "per_example", "value_and_grad", "zeros",
+    "NonFinite", "Origin", "Report", "curvature", "finite", "first_nonfinite", "max_abs", "norm",
+    "per_example", "value_and_grad", "zeros",
 ]

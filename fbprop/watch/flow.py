@@ -11,13 +11,10 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
+from jax.tree_util import tree_leaves
 
 from fbprop import rules as _rules
-from fbprop.core import jaxcompat as jc
 from fbprop.core.arguments import check_function, check_input, cotangent_one, indices, positions
-from fbprop.core.engine import Engine, Flow, Plan
-from fbprop.core.halves import inlined
 from fbprop.core.table import Table
 from fbprop.core.tap import TAP
 from fbprop.reverse import vjp
@@ -25,6 +22,7 @@ from fbprop.watch.points import leaves, points
 from fbprop.watch.report import Report, flowed
 from fbprop.watch.rerun import numbers, run
 from fbprop.watch.statistics import finite, max_abs, norm, zeros
+from fbprop.watch.traced import Traced
 
 ALL = (norm, max_abs, zeros, finite)
 
@@ -135,55 +133,3 @@ def _checked(of):
             "different: define each with def."
         )
     return (*of, flowed)
-
-
-class Traced:
-    """A function of some of its arguments, traced and planned.
-
-    Attributes:
-      plan: of a jaxpr whose inputs are the leaves of the differentiated arguments and whose first
-        result is the scalar.
-    """
-
-    def __init__(self, fun, args, kwargs, chosen, has_aux, table, fallback):
-        self.leaves, self.tree = tree_flatten([args[i] for i in chosen])
-
-        def flat(*values):
-            at = dict(zip(chosen, tree_unflatten(self.tree, values)))
-            out = fun(*(at.get(i, x) for i, x in enumerate(args)), **kwargs)
-            value, aux = _pair(out) if has_aux else (out, ())
-            extras, self.aux_tree = tree_flatten(aux)
-            traced = [isinstance(x, jax.core.Tracer) for x in extras]
-            # What aux holds besides traced values (a string, a NumPy array) is handed back as is.
-            self.static = [None if t else (x,) for x, t in zip(extras, traced)]
-            if isinstance(value, (float, int)) and not isinstance(value, bool):
-                value = jax.numpy.asarray(value, float)
-            cotangent_one(value, False)
-            return [value, *(x for x, t in zip(extras, traced) if t)]
-
-        flat.__wrapped__ = fun
-        jaxpr = inlined(jax.make_jaxpr(flat)(*self.leaves), table)
-        engine = Engine(table, fallback)
-        flow = Flow(engine, jc.runnable(jaxpr), (True,) * len(self.leaves), "")
-        wanted = (True, *(False for _ in jc.out_avals(jaxpr)[1:]))
-        self.plan = Plan(flow, wanted, (), at_hand=True)
-
-    def inputs(self, chosen):
-        """The plan's arguments, of the differentiated ones."""
-        return tree_leaves(chosen)
-
-    def aux(self, outs):
-        """The function's aux, of the plan's results."""
-        arrays = iter(outs[1:])
-        return tree_unflatten(
-            self.aux_tree, [next(arrays) if s is None else s[0] for s in self.static]
-        )
-
-
-def _pair(out):
-    if not (isinstance(out, (tuple, list)) and len(out) == 2):
-        raise TypeError(
-            "With has_aux=True the function returns a pair (out, aux), got "
-            f"{type(out).__name__} expected a tuple of length 2."
-        )
-    return out

@@ -39,15 +39,16 @@ def run(plan, args, taps, of):
     env = dict(zip(body.constvars, jc.consts_of(plan.jaxpr)))
     env.update(zip(body.invars, args))
     found = {}
+
+    def go(plan, args, taps):
+        return run(plan, args, taps, of)
+
     for i, (eqn, decided) in enumerate(zip(body.eqns, plan.steps)):
         operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
         if i not in taps:
             outs = jc.bind(eqn, operands)
         elif isinstance(taps[i], list):
-            plans = [both.plan for both in decided[2].inner]
-            with jc.equation_context(eqn):
-                go = INSIDE.get(eqn.primitive.name, _call)
-                outs, found[i] = go(eqn, plans, operands, taps[i], of)
+            outs, found[i] = inside(eqn, decided[2], operands, taps[i], go)
         else:
             outs, found[i] = jc.bind(eqn, operands), {}
             with jc.equation_context(eqn):
@@ -58,29 +59,41 @@ def run(plan, args, taps, of):
     return [env[v] if jc.is_var(v) else jc.literal(v) for v in body.outvars], found
 
 
-def _call(eqn, plans, operands, taps, of):
-    def inside(operands, taps):
-        outs, found = run(plans[0], operands, taps[0], of)
+def inside(eqn, step, operands, taps, go):
+    """Results of an equation that contains others, and what is found in it, in the form of taps.
+
+    Args:
+      step: what was decided of it; taps: a tree per inner body.
+      go: ``(plan, args, tree) -> results, a tree of the same form``, of a body.
+    """
+    run_as = INSIDE.get(eqn.primitive.name, _call)
+    with jc.equation_context(eqn):
+        return run_as(eqn, [both.plan for both in step.inner], operands, taps, go)
+
+
+def _call(eqn, plans, operands, taps, go):
+    def body(operands, taps):
+        outs, found = go(plans[0], operands, taps[0])
         return outs, [found]
 
     if eqn.primitive.name != "jit":
-        return inside(operands, taps)
+        return body(operands, taps)
     ins, outs = eqn.params["in_shardings"], eqn.params["out_shardings"]
 
     def jitted(operands, taps):
-        values, found = inside(jc.constrain(operands, ins), taps)
+        values, found = body(jc.constrain(operands, ins), taps)
         return jc.constrain(values, outs), found
 
     return jax.jit(jitted)(operands, taps)
 
 
-def _scan(eqn, plans, operands, taps, of):
+def _scan(eqn, plans, operands, taps, go):
     n_consts, n_carry = jc.scan_sizes(eqn.params)
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
 
     def step(carry, at):
         xs, taps = at
-        outs, found = run(plans[0], (*consts, *carry, *xs), taps[0], of)
+        outs, found = go(plans[0], (*consts, *carry, *xs), taps[0])
         return outs[:n_carry], (outs[n_carry:], [found])
 
     options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
@@ -89,11 +102,11 @@ def _scan(eqn, plans, operands, taps, of):
     return [*carry, *ys], found
 
 
-def _cond(eqn, plans, operands, taps, of):
+def _cond(eqn, plans, operands, taps, go):
     """What is seen of a branch that is not taken is 0."""
     def branch(number):
         def taken(taps, *args):
-            outs, found = run(plans[number], args, taps[number], of)
+            outs, found = go(plans[number], args, taps[number])
             return outs, [found if k == number else t for k, t in enumerate(taps)]
 
         return taken
@@ -103,18 +116,18 @@ def _cond(eqn, plans, operands, taps, of):
     return choose(eqn.params, index, branches, taps, *args)
 
 
-def _remat(eqn, plans, operands, taps, of):
+def _remat(eqn, plans, operands, taps, go):
     flat, tree = jax.tree.flatten(taps)
 
-    def inside(*values):
+    def body(*values):
         operands, taps = values[: -len(flat)], jax.tree.unflatten(tree, values[-len(flat) :])
-        outs, found = run(plans[0], operands, taps[0], of)
+        outs, found = go(plans[0], operands, taps[0])
         return outs, [found]
 
     prevent = eqn.params["prevent_cse"]
     if isinstance(prevent, tuple):  # jax 0.12: per operand
         prevent = (*prevent, *(False for _ in flat))
-    again = jax.checkpoint(inside, prevent_cse=prevent, policy=eqn.params["policy"])
+    again = jax.checkpoint(body, prevent_cse=prevent, policy=eqn.params["policy"])
     return again(*operands, *flat)
 
 
