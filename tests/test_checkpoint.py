@@ -205,8 +205,8 @@ def rewrite_manifest(file, **changes):
 def test_a_newer_file_is_refused(tmp_path):
     state = make_state()
     file = train.save(tmp_path / "a.safetensors", state)
-    rewrite_manifest(file, format=2, versions={"fbprop": "7.1"})
-    with pytest.raises(train.CheckpointError, match=r"format 2 expected at most 1: .* 7\.1"):
+    rewrite_manifest(file, format=3, versions={"fbprop": "7.1"})
+    with pytest.raises(train.CheckpointError, match=r"format 3 expected at most 2: .* 7\.1"):
         train.restore(file, state)
 
 

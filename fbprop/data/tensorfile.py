@@ -130,9 +130,15 @@ def write(path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Non
     _sync_directory(path.parent)
 
 
-def read(path) -> Contents:
-    """The whole file, after every check that can be made on it."""
-    content = np.fromfile(path, np.uint8)
+def read(path, mapped: bool = False) -> Contents:
+    """The whole file, after every check that can be made on it.
+
+    ``mapped``: its bytes stay on the disk, and are read again when an array is.
+    """
+    if mapped and os.path.getsize(path):
+        content = np.memmap(path, np.uint8, "r")
+    else:
+        content = np.fromfile(path, np.uint8)
     header, start = _read_header(path, content[:8].tobytes(), content.size, content[8:].data)
     metadata = header.pop("__metadata__", {})
     _check_table(path, header, content.size - start)

@@ -3,6 +3,10 @@
 from fbprop.mesh.feed import feed
 from fbprop.mesh.layouts import Layout, fully_sharded, layout, replicated
 from fbprop.mesh.show import show
+from fbprop.mesh.start import start
 from fbprop.mesh.tensor import tensor_parallel
 
-__all__ = ["Layout", "feed", "fully_sharded", "layout", "replicated", "show", "tensor_parallel"]
+__all__ = [
+    "Layout", "feed", "fully_sharded", "layout", "replicated", "show", "start",
+    "tensor_parallel",
+]

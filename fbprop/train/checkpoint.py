@@ -1,9 +1,10 @@
-"""Checkpoints: a training state in one file, with everything needed to trust it again.
+"""Checkpoints: a training state in a file, with everything needed to trust it again.
 
 The file is a safetensors file (`fbprop.data.tensorfile`), so other programs can read its arrays.
 Its manifest, JSON, names the versions that wrote it, the step, and each leaf's path, shape and
 dtype, for what the format itself cannot say (random keys, complex numbers), and carries the
-caller's metadata, such as the position in the data.
+caller's metadata, such as the position in the data. Of several processes each writes a file of its
+own, and the manifest names them (`fbprop.train.shards`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbprop.data.tensorfile import CheckpointError, named_leaves, read, read_metadata, write
+from fbprop.train.shards import Parts, WholeFile, in_parts, remove_orphans, save_parts
 
-FORMAT = 1  # raised when an older fbprop could misread a file
+# Raised when an older fbprop could misread a file. 2: the arrays lie in files of their own.
+FORMAT = 2
 _PACKAGES = ("fbprop", "jax", "jaxlib", "numpy")
 
 
@@ -33,7 +36,9 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
          keep_last: int | None = None, keep: Iterable[str | os.PathLike] = ()) -> pathlib.Path:
     """Writes a state to one file; whatever happens meanwhile, the file is the old or the new one.
 
-    The bytes go to a hidden file beside it, reach the disk, and are renamed into place.
+    The bytes go to a hidden file beside it, reach the disk, and are renamed into place. Several
+    processes all call it, with a path that all can write to: each writes what its devices hold to
+    a file in a directory beside it, ``NAME.parts-a``, and the file, which names them, comes last.
 
     Args:
       path: the file; its directory is made if there is none.
@@ -71,7 +76,7 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
     path = pathlib.Path(path)
     named = named_leaves(state)
     manifest = {
-        "format": FORMAT,
+        "format": 1,
         "versions": {package: _version(package) for package in _PACKAGES},
         "step": _step(state),
         "leaves": [_description(name, leaf) for name, leaf in named.items()],
@@ -79,10 +84,17 @@ def save(path: str | os.PathLike, state: Any, *, metadata: dict | None = None,
         "metadata": metadata or {},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(_plain(leaf)) for name, leaf in named.items()}
-    write(path, tensors, {"fbprop": json.dumps(manifest)})
-    if keep_last is not None:
-        _remove_older(path, keep_last, keep)
+
+    def finish(tensors, **more):
+        write(path, tensors, {"fbprop": json.dumps(manifest | more)})
+        if keep_last is not None:
+            _remove_older(path, keep_last, keep)
+
+    plain = {name: _plain(leaf) for name, leaf in named.items()}
+    if in_parts():
+        save_parts(path, plain, lambda parts: finish({}, format=2, parts=parts))
+    else:
+        finish({name: np.asarray(leaf) for name, leaf in plain.items()})
     return path
 
 
@@ -96,7 +108,9 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
 
     Returns:
       A pytree like ``like``, bit for bit what was saved. Arrays go where ``like`` has been put
-      explicitly (`jax.device_put`), otherwise to the default device.
+      explicitly (`jax.device_put`, or a mesh and a layout: any, not only those of the state that
+      was saved), otherwise to the default device. What several processes have written, no process
+      reads more of than its devices need.
 
     Raises:
       CheckpointError: the file is truncated, corrupted, written by a newer fbprop, no checkpoint,
@@ -106,12 +120,11 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
     """
     path = pathlib.Path(path)
     check_format(path, read_manifest(path))
-    contents = read(path)
-    manifest = _manifest(path, contents.metadata)
-    _check_stored(path, manifest["leaves"], contents)
+    manifest, stored = _opened(path, read(path))
+    _check_stored(path, manifest["leaves"], stored)
     _check_same(path, manifest["leaves"], like)
     leaves = [
-        _leaf(contents.array(entry["path"]), entry, manifest["keys"].get(entry["path"]), wanted)
+        _leaf(stored, entry, manifest["keys"].get(entry["path"]), wanted)
         for entry, wanted in zip(manifest["leaves"], jax.tree.leaves(like))
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -192,6 +205,14 @@ def check_format(path, manifest):
         )
 
 
+def _opened(path, contents):
+    """A checkpoint's manifest and its leaves, `WholeFile` or `Parts`."""
+    manifest = _manifest(path, contents.metadata)
+    if "parts" in manifest:
+        return manifest, Parts(path, manifest["parts"])
+    return manifest, WholeFile(contents)
+
+
 def _manifest(path, metadata):
     try:
         manifest = json.loads(metadata["fbprop"])
@@ -216,20 +237,25 @@ def _is_whole(manifest) -> bool:
     )
 
 
-def _check_stored(path, leaves, contents):
-    """Every leaf in the manifest is an array of the file, and has as many bytes."""
+def _check_stored(path, leaves, stored):
+    """Every leaf in the manifest is there, and has as many bytes."""
     for entry in leaves:
-        name, key = entry["path"], entry["dtype"].startswith("key<")
-        if name in contents.table:
-            size = contents.array(name).nbytes
+        name, dtype = entry["path"], _dtype(entry)
+        if name in stored.names():
             # A key's size depends on its implementation; JAX checks it.
-            if key or size == math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize:
+            size = dtype and math.prod(entry["shape"]) * dtype.itemsize
+            if size is None or size == stored.form(name, dtype)[1]:
                 continue
         raise CheckpointError(
             f"A checkpoint holds the arrays that its manifest lists, got {_say(entry)} in {path} "
             "without the bytes for it; expected a file as fbprop.train.save writes it: use "
             "another one."
         )
+
+
+def _dtype(entry):
+    """A leaf's dtype; None for random keys, whose numbers are stored."""
+    return None if entry["dtype"].startswith("key<") else jnp.dtype(entry["dtype"])
 
 
 def _version(package):
@@ -280,16 +306,17 @@ def _say(entry) -> str:
 
 def _leaf(stored, entry, implementation, like):
     """The saved leaf as what ``like`` is, where it is; a copy, because steps donate it."""
-    if implementation is not None:
-        leaf = jax.random.wrap_key_data(jnp.array(stored), impl=implementation)
+    name, dtype = entry["path"], _dtype(entry)
+    shape, _ = stored.form(name, dtype)
+    region = lambda index: stored.region(name, dtype, index)
+    if implementation is None and not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        whole = region((slice(None),) * len(shape))
+        return whole if _is_array(like) else whole.item()
+    if getattr(like, "committed", isinstance(like, jax.ShapeDtypeStruct)) and like.sharding:
+        leaf = jax.make_array_from_callback(shape, like.sharding, region)
     else:
-        dtype = jnp.dtype(entry["dtype"])
-        if stored.dtype != dtype:  # a dtype that the format does not have, as its bytes
-            stored = np.frombuffer(stored.tobytes(), dtype).reshape(entry["shape"])
-        if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
-            return stored.copy() if _is_array(like) else stored.item()
-        leaf = jnp.array(stored)
-    return jax.device_put(leaf, like.sharding) if getattr(like, "committed", False) else leaf
+        leaf = jnp.array(region((slice(None),) * len(shape)))
+    return leaf if implementation is None else jax.random.wrap_key_data(leaf, impl=implementation)
 
 
 def _sound_step(file) -> int | None:
@@ -297,7 +324,12 @@ def _sound_step(file) -> int | None:
     if not file.is_file():
         raise OSError("no regular file")  # a directory, or a link to nothing
     contents = read(file)
-    return _manifest(file, contents.metadata)["step"] if "fbprop" in contents.metadata else None
+    if "fbprop" not in contents.metadata:
+        return None
+    manifest, stored = _opened(file, contents)
+    if isinstance(stored, Parts):
+        stored.check()
+    return manifest["step"]
 
 
 def _remove_older(path, keep_last, keep):
@@ -308,6 +340,7 @@ def _remove_older(path, keep_last, keep):
     for file in sorted(steps, key=steps.get, reverse=True)[keep_last - 1:]:
         if file not in kept:
             file.unlink()
+    remove_orphans(path.parent)
 
 
 def _step_of(file) -> int | None:

@@ -78,7 +78,8 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
       checkpoints: directory for them, ``step-*.safetensors``; one run a directory.
       keep_last: how many to keep, besides the best.
       resume: False: raise an error if the directory has checkpoints already.
-      log: file for a JSON row per round; rows of steps not yet done are dropped from it first.
+      log: file for a JSON row per round; rows of steps not yet done are dropped from it first. Of
+        several processes the first writes it, and shows progress.
       progress: whether to show progress on standard error; None: if that is a terminal.
       mesh, layout: as for `init`. Batches are split over the mesh and sent ahead to their devices;
         the order of the data and, up to rounding, the losses are those of one device. Of several
@@ -116,6 +117,7 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     """
     _check(epochs, steps, metric, held_out, patience, every, steps_per_dispatch)
     check_optimizer(optimizer)
+    first = jax.process_index() == 0
     place = placement(mesh, layout)
     if isinstance(params, State):
         state = place.moved(params)
@@ -130,10 +132,11 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     run = Run(
         state, Position(*past.get("position", ())), store,
         LossWatch(**past.get("loss", {})), BestSoFar(monitor, mode, **past.get("best", {})),
-        _held_out_metrics(metric, held_out, batch_size, place.feed), Log(log, int(state.step)),
+        _held_out_metrics(metric, held_out, batch_size, place.feed),
+        Log(log, int(state.step), writes=first),
     )
     total = _total_steps(run, feed, epochs, steps)
-    bar = Progress(total, run.step, progress)
+    bar = Progress(total, run.step, progress if first else False)
     try:
         one = step(loss, optimizer, mesh=mesh, layout=layout, **options)
         many = epoch(loss, optimizer, mesh=mesh, layout=layout, **options)

@@ -45,14 +45,18 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 class Log:
     """Appends rows to a file; without a path, only remembers them."""
 
-    def __init__(self, path: str | os.PathLike | None, step: int):
-        """Continues at ``step``: rows of later ones, from a run that went on, are dropped."""
+    def __init__(self, path: str | os.PathLike | None, step: int, writes: bool = True):
+        """Continues at ``step``: rows of later ones, from a run that went on, are dropped.
+
+        ``writes``: whether this process does; of several, one.
+        """
         self.path = None if path is None else pathlib.Path(path)
         self.rows: list[dict[str, Any]] = []
-        if self.path is None:
-            return
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             self.rows = [row for row in read_log(self.path) if row["step"] <= step]
+        if self.path is None or not writes:
+            self.path = None
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")

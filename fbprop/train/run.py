@@ -13,6 +13,7 @@ import numpy as np
 from fbprop.data.tensorfile import CheckpointError
 from fbprop.train.checkpoint import check_keep_last, latest, read_manifest, restore, save
 from fbprop.train.precision import all_finite
+from fbprop.train.shards import agreed
 from fbprop.train.stopping import NonFiniteLoss, first_bad_step
 
 
@@ -108,7 +109,7 @@ class Store:
 
     def resume(self, state, wanted):
         """The newest checkpoint's state and record, or ``state`` and no record."""
-        self.last = latest(self.directory)
+        self.last = agreed(lambda: latest(self.directory))
         if self.last is None:
             return state, {}
         if not wanted:

@@ -1,0 +1,89 @@
+"""Pairs of processes with four simulated devices each, forked from one that has imported JAX."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+PROGRAM = """
+import os, sys
+import jax
+import mesh_runs  # starts no backend: a child has its own
+
+for line in sys.stdin:
+    name, directory, port, process = line.split()
+    if name == "wait":
+        print(os.waitstatus_to_exitcode(os.waitpid(int(process), 0)[1]), flush=True)
+        continue
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        continue
+    out = os.open(f"{directory}.{process}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    try:
+        getattr(mesh_runs, name)(directory, int(port), int(process))
+        jax.distributed.shutdown()
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+"""
+
+
+class Nursery:
+    """Runs functions of `mesh_runs` in two processes, as often as asked."""
+
+    def __init__(self, cache):
+        env = os.environ | {
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=env, bufsize=1,
+        )
+        self.alive = set()
+
+    def start(self, name, directory):
+        """Two processes' ids; what they print is in ``directory.0.out`` and ``.1.out``."""
+        pathlib.Path(directory).mkdir(exist_ok=True)
+        port = free_port()
+        children = [self._ask(f"{name} {directory} {port} {i}") for i in range(2)]
+        self.alive |= set(children)
+        return children
+
+    def wait(self, child):
+        self.alive.discard(child)
+        return self._ask(f"wait - - {child}")
+
+    def run(self, name, directory):
+        codes = [self.wait(child) for child in self.start(name, directory)]
+        assert codes == [0, 0], [pathlib.Path(f"{directory}.{i}.out").read_text() for i in (0, 1)]
+
+    def kill(self, child):
+        os.kill(child, signal.SIGKILL)
+        return self.wait(child)
+
+    def close(self):
+        for child in list(self.alive):
+            with contextlib.suppress(ProcessLookupError):
+                self.kill(child)
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _ask(self, line):
+        self.process.stdin.write(line + "\n")
+        return int(self.process.stdout.readline())
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

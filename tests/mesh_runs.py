@@ -1,0 +1,89 @@
+"""Small training runs, the same in one process and in several."""
+
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fbprop import mesh, nn, optim, train
+
+RANDOM = np.random.RandomState(0)
+X = RANDOM.normal(size=(40, 12)).astype(np.float32)
+VECTORS = {"x": X, "y": np.sin(X[:, :4] * 2)}
+TOKENS = RANDOM.randint(0, 16, (40, 9)).astype(np.int32)
+MLP = nn.mlp(16, 4, dropout=0.2)
+GPT = nn.gpt(16, layers=1, heads=2, features=16, context=8)
+LAYOUTS = {"replicated": mesh.replicated, "fully sharded": mesh.fully_sharded}
+
+
+def mlp_loss(params, batch, key):
+    return jnp.mean((MLP.apply(params, batch["x"], key=key, train=True) - batch["y"]) ** 2)
+
+
+def gpt_loss(params, batch, key):
+    return nn.softmax_cross_entropy(GPT.apply(params, batch[:, :-1]), batch[:, 1:])
+
+
+NETWORKS = {
+    "mlp": (mlp_loss, VECTORS, lambda: MLP.init(jax.random.key(0), X[:1])),
+    "gpt": (gpt_loss, TOKENS, lambda: GPT.init(jax.random.key(0), TOKENS[:1, :-1])),
+}
+
+
+def fitted(network, where=None, **options):
+    """A run on all devices by a layout; without one, on one device."""
+    loss, data, params = NETWORKS[network]
+    if "held_out" in options:
+        options["metric"] = lambda p, b: loss(p, b, jax.random.key(0))
+    devices = None if where is None else jax.make_mesh((jax.device_count(),), ("data",))
+    return train.fit(
+        loss, optim.adam(0.01), params, options.pop("data", data), every=2, mesh=devices,
+        layout=where and LAYOUTS[where](), **options,
+    )
+
+
+def losses(network, where=None):
+    """Of a run on arrays."""
+    done = fitted(network, where, steps=4, batch_size=16)
+    return [row["train"]["loss"] for row in done.history]
+
+
+def losses_on_batches(where=None):
+    """Of a run on batches, of which each process has its own part."""
+    share, i = 16 // jax.process_count(), jax.process_index()
+    part = lambda x, start: x[start + i * share:][:share]
+    batches = [jax.tree.map(lambda x: part(x, start), VECTORS) for start in (0, 16)]
+    done = fitted("mlp", where, data=batches, steps=4, held_out=batches)
+    return [row[part]["loss"] for row in done.history for part in ("train", "held_out")]
+
+
+def join(port, process, **options):
+    mesh.start(f"127.0.0.1:{port}", processes=2, process=process, **options)
+
+
+def say_losses(directory, port, process):
+    join(port, process)
+    found = {f"{n} {where}": losses(n, where) for n in NETWORKS for where in LAYOUTS}
+    found["batches"] = losses_on_batches("fully sharded")
+    with open(f"{directory}/{process}.json", "w") as file:
+        json.dump([jax.device_count(), len(jax.local_devices()), found], file)
+
+
+def checkpointed(directory, port, process):
+    """A fully sharded run of 24 rounds that goes on from its last checkpoint."""
+    join(port, process)
+    fitted("mlp", "fully sharded", steps=48, batch_size=16, checkpoints=directory,
+           log=f"{directory}/log.jsonl", progress=False)
+
+
+def wait_for_the_other(directory, port, process):
+    """The first waits for a sum that the second does not take part in."""
+    join(port, process, heartbeat=2)
+    fitted("mlp", "replicated", steps=2, batch_size=16)
+    pathlib.Path(directory, str(process)).touch()
+    if process == 1:
+        time.sleep(60)
+    fitted("mlp", "replicated", steps=2, batch_size=16)

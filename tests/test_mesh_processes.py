@@ -1,0 +1,78 @@
+"""Two processes of four simulated devices each: as one process, whatever happens to them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import mesh_runs
+import numpy as np
+import pytest
+from mesh_nursery import Nursery, free_port
+
+from fbprop import mesh
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    nursery = Nursery(tmp_path_factory.mktemp("cache"))
+    yield nursery
+    nursery.close()
+
+
+def test_losses_are_those_of_one_process(nursery, tmp_path):
+    nursery.run("say_losses", tmp_path / "two")
+    alone = {network: mesh_runs.losses(network) for network in ("mlp", "gpt")}
+    alone["batches"] = mesh_runs.losses_on_batches()
+    for process in (0, 1):
+        devices, local, found = json.loads((tmp_path / "two" / f"{process}.json").read_text())
+        assert (devices, local) == (8, 4)
+        for run, values in found.items():
+            np.testing.assert_allclose(values, alone[run.split()[0]], rtol=1e-5, err_msg=run)
+
+
+def test_one_that_dies_ends_the_other_with_a_sentence(nursery, tmp_path):
+    """JAX gives up 2 s, the heartbeat, after the last sign of life, and looks now and then."""
+    first, second = nursery.start("wait_for_the_other", tmp_path / "two")
+    until = time.monotonic() + 30
+    while not (tmp_path / "two" / "1").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert nursery.kill(second) == -9
+    killed = time.monotonic()
+    assert nursery.wait(first) != 0
+    assert time.monotonic() - killed < 15
+    said = (tmp_path / "two.0.out").read_text()
+    assert "This most likely indicates that another task died" in said
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), [
+    (("127.0.0.1:9", 2), ValueError, "joins by address, .* expected process too, or none of them"),
+    (("127.0.0.1", 2, 0), ValueError, "a host and a port, got '127.0.0.1' expected"),
+    (("127.0.0.1:9", 2, 2), ValueError, "numbered from 0, got process=2 expected 0 to 1"),
+    (("127.0.0.1:9", 1, 0), RuntimeError, "got devices in use already; expected mesh.start before"),
+])
+def test_mistakes(arguments, error, match):
+    jax.devices()
+    with pytest.raises(error, match=match):
+        mesh.start(*arguments)
+
+
+TWICE = f"127.0.0.1:{free_port()}", 1, 0
+
+
+@pytest.mark.parametrize(("code", "match"), [
+    ("mesh.start()", "ValueError: .*got none that JAX knows; expected Slurm"),
+    ("mesh.start('127.0.0.1:9', 2, 1, timeout=0.2)",
+     r"TimeoutError: .*after 0.2 s from process 0 at 127.0.0.1:9 \(.*refused"),
+    (f"mesh.start(*{TWICE}); mesh.start(*{TWICE})", "RuntimeError: .* got a second mesh.start"),
+])
+def test_mistakes_in_a_process_of_their_own(code, match):
+    """Who waits in vain goes on waiting until the process ends."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", f"from fbprop import mesh; {code}"], env=env,
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.search(match, done.stderr), done.stderr
