@@ -15,6 +15,7 @@ from jax import lax
 import fbprop
 from fbprop import learning, nn, ops
 
+DRAW = np.random.default_rng(3)
 OWN = learning.Feedback(lambda key, w: (), lambda state, w: (w, state))  # the weight itself
 
 
@@ -256,6 +257,70 @@ def test_product_feedback_comes_to_point_as_the_weight_does(x64):
     assert_close(memory["b"]["learned"], params["b"] @ fixed.T)
     cosine = np.sum(b * params["b"]) / np.linalg.norm(b) / np.linalg.norm(params["b"])
     assert cosine > 0.9  # cos(arctan √(1 / 8)) = 0.94
+
+
+def test_a_mirrors_weights_are_what_noise_becomes(x64):
+    """The average over keys is W, of a convolution with stride and of a loop's products too."""
+    params = weights(a=(3, 4), h=(4, 4), d=(1, 1, 4, 6), z=(6, 2))
+
+    def loss(params, x):
+        h, _ = lax.scan(lambda h, x: (jnp.tanh(x @ params["a"] + h @ params["h"]), None),
+                        jnp.zeros((50, 4)), x)
+        y = lax.conv_general_dilated(h.reshape(2, 5, 5, 4), params["d"], (2, 1), "VALID",
+                                     dimension_numbers=LAYOUT)
+        return jnp.sum((y @ params["z"]) ** 2)
+
+    x = DRAW.normal(size=(2, 50, 3))
+    method = learning.weight_mirror(1.0)
+    memory = method.init(jax.random.key(0), loss, params, x)
+    assert set(memory) == {"h", "d", "z"}
+
+    @jax.jit
+    @jax.vmap
+    def seen(key):
+        memory = method.init(key, loss, params, x)
+        (_, direction), new = method.value_and_grad(loss)(params, x, memory=memory)
+        return {k: m["b"] for k, m in new.items()}, memory, direction
+
+    found, memory, direction = seen(jax.random.split(jax.random.key(1), 300))
+    for name, b in found.items():
+        error = np.std(b, axis=0).max() / np.sqrt(300)
+        np.testing.assert_allclose(np.mean(b, 0), params[name], atol=5 * error)
+        assert error < 0.02
+    first = {k: m["b"][0] for k, m in memory.items()}
+    own = learning.Feedback(lambda key, w: w, lambda b, w: (b, b))
+    (_, expected), _ = own.value_and_grad(loss)(params, x, memory=first)
+    assert_close(jax.tree.map(lambda d: d[0], direction), expected)
+
+
+def test_a_blends_feedback_is_annealed_to_the_weight(x64):
+    params, x, y = problem()
+    rule = learning.kolen_pollack(0.1)
+    method = learning.blend(rule, lambda count: jnp.where(count < 1, 0.75, 0.0))
+    memory = method.init(jax.random.key(0), two_layers, params, x, y)
+    b = np.array(memory["b"]["rule"])
+    (_, direction), memory = method.value_and_grad(two_layers)(params, x, y, memory=memory)
+    assert_close(direction, numpy_direction(params, 0.75 * b + 0.25 * params["b"], x, y))
+    updates, learned = method.update(direction, params, memory)
+    assert_close(updates["b"], direction["b"] - 0.1 * params["b"])
+    assert_close(learned["b"]["rule"], 0.9 * b + direction["b"])
+    (_, direction), _ = method.value_and_grad(two_layers)(params, x, y, memory=memory)
+    assert_close(direction, fbprop.grad(two_layers)(params, x, y))
+
+
+def test_a_blend_of_directions(x64):
+    params, x, y = problem()
+    rule = learning.direct_kolen_pollack(0.1)
+    method = learning.blend(rule, 0.25)
+    memory = method.init(jax.random.key(0), two_layers, params, x, y)
+    (_, mixed), new = method.value_and_grad(two_layers)(params, x, y, memory=memory)
+    (_, direction), rules = rule.value_and_grad(two_layers)(params, x, y, memory=memory["rule"])
+    gradient = fbprop.grad(two_layers)(params, x, y)
+    assert_close(mixed, jax.tree.map(lambda d, g: 0.25 * d + 0.75 * g, direction, gradient))
+    assert_close(new["rule"], rules)
+    found = method.update(mixed, params, new)
+    expected = rule.update(mixed, params, rules)
+    assert_close((found[0], found[1]["rule"]), expected)
 
 
 def test_rules_by_path_act_in_one_sweep(x64):

@@ -51,6 +51,13 @@ def test_numbers():
         learning.kolen_pollack(1.5)
 
 
+def test_shares():
+    with pytest.raises(ValueError, match="a share, got rate=0 expected"):
+        learning.weight_mirror(0)
+    with pytest.raises(ValueError, match="between 0 and 1, got share=2"):
+        learning.blend(FED, 2)
+
+
 def small(params, x):
     return jnp.sum(x @ params["w"])
 

@@ -4,16 +4,20 @@ A rule is data, as an optimiser is: `Method.init` makes its memory from a key, a
 `Method.value_and_grad` gives value and update direction, and some learn by `Method.update`.
 """
 
+from fbprop.learning.activity import activity_forward_gradient
 from fbprop.learning.alignment import Alignment, alignment
+from fbprop.learning.blend import blend
 from fbprop.learning.by_path import by_path
 from fbprop.learning.direct import direct_feedback_alignment, direct_kolen_pollack
 from fbprop.learning.feedback import Feedback
-from fbprop.learning.learned_feedback import kolen_pollack, product_feedback
+from fbprop.learning.learned_feedback import kolen_pollack, product_feedback, weight_mirror
 from fbprop.learning.method import Method, backprop
+from fbprop.learning.perturbation import evolution_strategy, forward_gradient
 from fbprop.learning.random_feedback import feedback_alignment, sign_symmetry
 
 __all__ = [
-    "Alignment", "Feedback", "Method", "alignment", "backprop", "by_path",
-    "direct_feedback_alignment", "direct_kolen_pollack", "feedback_alignment", "kolen_pollack",
-    "product_feedback", "sign_symmetry",
+    "Alignment", "Feedback", "Method", "activity_forward_gradient", "alignment", "backprop",
+    "blend", "by_path", "direct_feedback_alignment", "direct_kolen_pollack", "evolution_strategy",
+    "feedback_alignment", "forward_gradient", "kolen_pollack", "product_feedback",
+    "sign_symmetry", "weight_mirror",
 ]

@@ -13,6 +13,7 @@ from fbprop.core import jaxcompat as jc
 from fbprop.core.table import Table
 from fbprop.learning.method import Method
 from fbprop.learning.names import check_memory, names_of
+from fbprop.learning.noise import reflected
 from fbprop.learning.product import fed, with_feedback
 from fbprop.learning.sweep import Loss, traced, uses_of
 from fbprop.reverse import value_and_grad
@@ -27,6 +28,8 @@ class Feedback(Method):
         state after it.
       learn: ``(state, w, update) -> (update, state)`` once the optimiser has made the update; or
         None.
+      reflect: ``(state, seen) -> state``, if it learns from ``seen``, an estimate of w by noise
+        (`weight_mirror`); the state then has a random key.
 
     Weights that meet only data that depend on no parameter, those of a first layer, need none.
 
@@ -40,9 +43,10 @@ class Feedback(Method):
       {}
     """
 
-    def __init__(self, start: Callable, weight: Callable, learn: Callable | None = None):
+    def __init__(self, start: Callable, weight: Callable, learn: Callable | None = None,
+                 reflect: Callable | None = None):
         super().__init__(self._start, self._direction, None if learn is None else self._learn)
-        self.start, self.weight, self.learn = start, weight, learn
+        self.start, self.weight, self.learn, self.reflect = start, weight, learn, reflect
 
     def _start(self, key, loss, params, *args):
         which = [0] * len(names_of(params))
@@ -101,6 +105,7 @@ def direction(loss: Loss, has_aux, options, params, methods, which, memories):
     def fed_loss(params):
         return loss.result(tree_leaves(params), product, feedback)
 
+    new = reflected(loss, leaves, methods, which, new)
     return value_and_grad(fed_loss, has_aux=has_aux, **with_rule(options))(params), new
 
 

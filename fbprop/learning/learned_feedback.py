@@ -115,6 +115,53 @@ def product_feedback(
     return Feedback(start, weight, learn)
 
 
+def weight_mirror(rate: float = 0.1, *, scale: float = 1.0) -> Feedback:
+    """Feedback weights learned from noise: B ← (1 − η) B + η ξᵀ (ξ W), averaged over the batch.
+
+    In every step each weighted product is also done with noise ξ in its input's place, normal of
+    variance 1: what comes out correlates with what went in as W says, E ξᵀ(ξ W) = W, and B follows.
+    In a loop the noise is the same at every step, and taps of a convolution that meet padding
+    count for less.
+
+    | stored | of each weight but the first layer's | B, of its shape, and a key |
+    |---|---|---|
+    | cost | as backpropagation, and per weight two products of the same size more | |
+
+    Source: Akrout et al. 2019 (Deep learning without weight transport, arXiv 1904.05391), whose
+    mirror phases are here in every step, with their decay equal to their rate.
+
+    Args:
+      rate: η in (0, 1]; the noise in B is about η of that of one batch.
+      scale: of the first B, as for `feedback_alignment`.
+
+    Raises:
+      ValueError: a rate outside (0, 1].
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fbprop import learning
+      >>> loss = lambda p, x: jnp.mean((x + p["bias"]) @ p["w"])
+      >>> params, x = {"bias": jnp.zeros(3), "w": jnp.ones((3, 1))}, jnp.ones((1000, 3))
+      >>> method = learning.weight_mirror(1.0)
+      >>> memory = method.init(jax.random.key(0), loss, params, x)
+      >>> _, memory = method.value_and_grad(loss)(params, x, memory=memory)
+      >>> bool(jnp.all(jnp.abs(memory["w"]["b"] - 1) < 0.2))
+      True
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"A mirror's rate is a share, got rate={rate} expected 0 < rate <= 1.")
+
+    def start(key, w):
+        return {"b": drawn(key, w, scale), "key": jax.random.fold_in(key, 1)}
+
+    def reflect(state, seen):
+        share = jnp.asarray(rate, seen.dtype)
+        key = jax.random.split(state["key"])[0]
+        return {"b": state["b"] + share * (seen - state["b"]), "key": key}
+
+    return Feedback(start, lambda state, w: (state["b"], state), reflect=reflect)
+
+
 def check_decay(decay):
     if not 0 <= decay < 1:
         raise ValueError(

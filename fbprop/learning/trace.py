@@ -39,9 +39,9 @@ class Trace:
     """Runs a jaxpr; ``product(eqn, values, at, place)`` returns results of a product with a weight.
 
     ``values`` are the equation's operands, that at ``at`` the weight; ``place`` says where the
-    equation stands: its number, after those of the equations around it. It returns arrays, and in
-    `noted` may leave others, by name: those of a loop's steps are stacked. A ``place`` in a loop
-    has LOOP in it, in a branch BRANCH.
+    equation stands: its number, after those of the equations around it. It returns a list of
+    arrays, or that and a note, which is found in `noted`: those of a loop's steps stacked. A
+    ``place`` in a loop has LOOP in it, in a branch BRANCH.
 
     Args:
       consts: the mark of arrays that the loss closes over.
@@ -116,6 +116,8 @@ class Trace:
         if marks[at].is_data:  # rows of an embedding that meet data are their weight
             at = 0 if marks[0].rows else 1
         outs = self.product(eqn, values, at, place)
+        if isinstance(outs, tuple):
+            outs, self.noted[repr(place)] = outs
         leaves = frozenset().union(*(m.leaves for m in marks))
         return [Value(y, Mark("data", leaves)) for y in outs]
 

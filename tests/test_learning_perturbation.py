@@ -1,0 +1,128 @@
+"""Forward gradients and evolution strategies: their formulas, and that they are unbiased."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fbprop
+from fbprop import learning
+from fbprop.learning.perturbation import noise
+
+DRAW = np.random.default_rng(0)
+PARAMS = {"a": DRAW.normal(size=(3, 2)) / 2, "c": DRAW.normal(size=2),
+          "z": DRAW.normal(size=(2, 1)), "h": DRAW.normal(size=(1, 1))}
+X = DRAW.normal(size=(4, 3))
+KEY = jax.random.key(0)
+
+
+def loss(params, x):
+    """A dense layer with a bias, and a loop."""
+    y = jnp.tanh(x @ params["a"] + params["c"]) @ params["z"]
+    y, _ = jax.lax.scan(lambda y, _: (jnp.sin(y @ params["h"]), None), y, None, length=2)
+    return jnp.sum(y**2)
+
+
+def dot(a, b):
+    return sum(np.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def assert_close(a, b, **options):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **options), a, b)
+
+
+def draws(samples):
+    """The keys of a step's samples."""
+    return jax.random.split(jax.random.split(KEY)[1], samples)
+
+
+def test_a_forward_gradient_is_the_slope_along_noise(x64):
+    method = learning.forward_gradient(samples=3)
+    (value, found), new = method.value_and_grad(loss)(PARAMS, X, memory=KEY)
+    gradient, total = fbprop.grad(loss)(PARAMS, X), jax.tree.map(np.zeros_like, PARAMS)
+    for key in draws(3):
+        v = noise(key, PARAMS)
+        slope = dot(gradient, v)
+        total = jax.tree.map(lambda t, v: t + slope * v / 3, total, v)
+    assert_close(found, total, rtol=1e-11)
+    assert float(value) == float(loss(PARAMS, X))
+    assert not np.array_equal(jax.random.key_data(new), jax.random.key_data(KEY))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_evolution_strategy_is_differences_along_noise(x64, rank):
+    method = learning.evolution_strategy(0.1, samples=2, rank=rank)
+    (_, found), _ = method.value_and_grad(loss)(PARAMS, X, memory=KEY)
+    total = jax.tree.map(np.zeros_like, PARAMS)
+    for key in draws(2):
+        e = noise(key, PARAMS, rank)
+        up, down = (loss(jax.tree.map(lambda p, e: p + s * e, PARAMS, e), X) for s in (0.1, -0.1))
+        total = jax.tree.map(lambda t, e: t + (up - down) / 0.2 * e / 2, total, e)
+    assert_close(found, total, rtol=1e-10)
+
+
+def test_noise_of_low_rank_is_white(x64):
+    e = jax.vmap(lambda key: noise(key, jnp.ones((2, 3)), 2))(jax.random.split(KEY, 20000))
+    flat = e.reshape(len(e), -1)
+    np.testing.assert_allclose(flat.T @ flat / len(e), np.eye(6), atol=0.06)
+
+
+METHODS = {
+    "forward": learning.forward_gradient(),
+    "activity": learning.activity_forward_gradient(samples=2),
+    "evolution": learning.evolution_strategy(1e-3, samples=1),
+    "low rank": learning.evolution_strategy(1e-3, samples=1, rank=1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mean_direction_is_the_gradient(x64, name):
+    """Over 20,000 keys, every element within 5 of its standard errors."""
+    method = METHODS[name]
+    run = lambda key: method.value_and_grad(loss)(PARAMS, X, memory=key)[0][1]
+    found = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 20_000))
+    gradient = fbprop.grad(loss)(PARAMS, X)
+    for mean, spread, g in zip(*map(jax.tree.leaves, (
+        jax.tree.map(functools.partial(np.mean, axis=0), found),
+        jax.tree.map(functools.partial(np.std, axis=0), found), gradient,
+    ))):
+        error = spread / np.sqrt(20_000)
+        assert np.all(np.abs(mean - g) < 5 * error + 1e-6)
+        assert np.max(error) < 0.1 * np.sqrt(dot(gradient, gradient))
+
+
+def test_noise_on_activities_has_less_variance_where_they_are_fewer(x64):
+    def wide(params, x):
+        return jnp.sum(jnp.sin(x @ params))
+
+    params, x = DRAW.normal(size=(20, 3)), DRAW.normal(size=(1, 20))
+    gradient = fbprop.grad(wide)(params, x)
+
+    def error(method):
+        run = lambda key: method.value_and_grad(wide)(params, x, memory=key)[0][1]
+        found = jax.vmap(run)(jax.random.split(KEY, 2000))
+        return np.mean(np.sum((found - gradient) ** 2, (1, 2)))
+
+    few, many = error(METHODS["activity"]), error(learning.forward_gradient(samples=2))
+    assert few < many / 5
+
+
+def test_auxiliary_results_and_errors():
+    params, x = jax.tree.map(lambda a: jnp.asarray(a, "float32"), (PARAMS, X))
+    aux = lambda params, x: (loss(params, x), {"n": jnp.float32(len(x))})
+    for method in METHODS.values():
+        memory = method.init(KEY, aux, params, x)
+        ((_, found), _), _ = method.value_and_grad(aux, has_aux=True)(params, x, memory=memory)
+        assert float(found["n"]) == 4
+        with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
+            method.value_and_grad(lambda n: n)(3, memory=KEY)
+    for make in (learning.forward_gradient, learning.activity_forward_gradient,
+                 learning.evolution_strategy):
+        with pytest.raises(ValueError, match="one sample or more, got samples=0"):
+            make(samples=0)
+    with pytest.raises(ValueError, match="got sigma=0, rank=None expected"):
+        learning.evolution_strategy(0)
+    with pytest.raises(ValueError, match="got sigma=0.01, rank=0 expected"):
+        learning.evolution_strategy(rank=0)
