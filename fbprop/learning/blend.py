@@ -34,7 +34,7 @@ def blend(method: Method, share: float | Callable) -> Method:
       >>> import jax, jax.numpy as jnp
       >>> from fbprop import learning, optim
       >>> rule = learning.feedback_alignment()
-      >>> method = learning.blend(rule, optim.linear_schedule(1.0, 0.0, 100))
+      >>> method = learning.blend(rule, optim.linear(1.0, 0.0, 100))
       >>> loss = lambda p, x: jnp.mean((x + p["bias"]) @ p["w"])
       >>> params, x = {"bias": jnp.zeros(3), "w": jnp.ones((3, 1))}, jnp.ones((2, 3))
       >>> memory = method.init(jax.random.key(0), loss, params, x)
