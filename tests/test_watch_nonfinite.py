@@ -192,12 +192,12 @@ def test_what_is_given_is_named():
     good = {"w": X}, {"x": X, "n": np.arange(3.0, dtype="float32")}
     bad = {"x": X * np.array([1, np.nan, 1], "float32"), "n": good[1]["n"]}
     _, found = watched(good[0], bad, scale=jnp.float32(1.0))
-    assert (found.first().direction, found.first().primitive) == ("given", "argument 1['x']")
-    assert str(found) == "the first number that is not finite is nan in argument 1['x']"
+    assert (found.first().direction, found.first().primitive) == ("given", "argument batch['x']")
+    assert str(found) == "the first number that is not finite is nan in argument batch['x']"
     _, found = watched({"w": X * np.float32(np.inf)}, good[1], scale=jnp.float32(1.0))
-    assert str(found) == "the first number that is not finite is inf in argument 0['w']"
+    assert str(found) == "the first number that is not finite is inf in argument p['w']"
     _, found = watched(*good, scale=jnp.float32(np.inf))
-    assert str(found) == "the first number that is not finite is inf in argument 'scale'"
+    assert str(found) == "the first number that is not finite is inf in argument scale"
     _, found = watch.first_nonfinite(lambda x: jnp.sum(x * jnp.array([1.0, np.inf, 1.0])))(X)
     assert str(found) == "the first number that is not finite is inf in a constant"
 
@@ -264,6 +264,6 @@ def test_finite_parts_of_an_infinite_sum():
 
     _, found = watch.first_nonfinite(loss)(jnp.float32(0.0))
     assert str(found) == (
-        "the first number that is not finite is inf, made by the sum of what uses of argument 0 "
+        "the first number that is not finite is inf, made by the sum of what uses of argument x "
         "give it going backward"
     )

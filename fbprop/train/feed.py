@@ -69,6 +69,8 @@ class ArrayFeed:
     The data lie on the device; on a mesh only a dispatch's batches do, each device's part on it.
     """
 
+    again = True  # whether a pass can be gone through once more
+
     def __init__(self, data, batch_size: int, key, most: int | None, every: int | None, mesh=None):
         self.examples = count_examples("data", data)
         self.mesh, self.size = mesh, batch_size
@@ -115,6 +117,7 @@ class BatchFeed:
     def __init__(self, data: Iterable | Callable, most: int | None, every: int | None, mesh=None):
         check_batches("data", data)
         self.data, self.mesh = data, mesh
+        self.again = not isinstance(data, Iterator)
         self.steps = None
         self.rhythm = Rhythm(most or 1, every)
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from fbprop.optim.arguments import check_count
 from fbprop.optim.chain import check_optimizer
+from fbprop.train.checkpoint import read_manifest, restore
+from fbprop.train.culprit import Steps, operation
 from fbprop.train.evaluate import evaluate, evaluate_batches
 from fbprop.train.feed import ArrayFeed, BatchFeed, Position, check_batches, count_examples
 from fbprop.train.log import Log
@@ -21,7 +23,7 @@ from fbprop.train.progress import Progress
 from fbprop.train.run import Run, Store
 from fbprop.train.state import State, init
 from fbprop.train.step import epoch, step
-from fbprop.train.stopping import BestSoFar, LossWatch
+from fbprop.train.stopping import BestSoFar, LossWatch, NonFiniteLoss
 
 
 class Fit(NamedTuple):
@@ -91,7 +93,9 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
 
     Raises:
       NonFiniteLoss: the loss or the parameters are not finite; it names the step, and the last
-        checkpoint is from before.
+        checkpoint is from before. From there, or from the first parameters (but not a `State`),
+        up to 1000 steps are made again to name the operation too (`fbprop.watch.first_nonfinite`),
+        where ``data`` are no iterator.
       CheckpointError: the newest sound checkpoint is of another model, or all are damaged.
       OSError: the directory for checkpoints cannot be written to.
       ValueError: arguments that do not go together.
@@ -143,12 +147,41 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
         stopped = _reason(run, epochs, steps, patience)
         while stopped is None:
             stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
+    except NonFiniteLoss as error:
+        start = _start(run, params, optimizer, mesh, layout)
+        named = _named(error, Steps(start, feed, one, many, loss, optimizer, place, options))
+        named.add_note(_left_of(run))
+        raise named from None
     except Exception as error:
         error.add_note(_left_of(run))
         raise
     finally:
         bar.close()
     return Fit(run.state, run.best_state(), run.log.rows, stopped)
+
+
+def _start(run, params, optimizer, mesh, layout):
+    """Where the run's steps can be made again from: the last checkpoint, or the first parameters.
+
+    A state that was given is gone.
+    """
+    if run.store is not None and run.store.last is not None:
+        last, like = run.store.last, run.state
+        return lambda: (
+            restore(last, like), Position(*read_manifest(last)["metadata"]["position"])
+        )
+    if isinstance(params, State):
+        return None
+    return lambda: (init(params, optimizer, mesh=mesh, layout=layout), Position())
+
+
+def _named(error, steps):
+    """The error with the operation that made what is not finite, where it can be found."""
+    try:
+        return error.by(operation(steps, error.step))
+    except Exception as other:
+        error.add_note(f"Looking for the operation that made it failed: {other!r}")
+        return error
 
 
 def _left_of(run):

@@ -52,20 +52,16 @@ def gradients_of(
     The gradient is that of the loss's sum, divided by its weight at the end: the same for one
     piece or many. A loss that is no `Weighted` has weight 1, so pieces of one size count the same.
     """
-    def scaled_sum(params, batch, key, model_state, scale):
-        whole = cast(params, dtype)
-        out = call_loss(loss, whole, cast(batch, dtype), key, model_state)
-        total = out.value.sum if isinstance(out.value, Weighted) else out.value
-        return total if scale is None else scaled(total, scale), out
+    scaled_sum = scaled_sum_of(loss, dtype)
 
     def of_piece(held, params, batch, *args, memory):
         args = place.batch(batch), *args
         if learning is not None:
             run = learning.value_and_grad(scaled_sum, has_aux=True, **engine)
-            ((_, out), grads), memory = run(_fill(held, params), *args, memory=memory)
+            ((_, out), grads), memory = run(filled(held, params), *args, memory=memory)
             return place.gradients(_held(grads, held), params), out, memory
         differentiated = value_and_grad(
-            lambda held: scaled_sum(_fill(held, params), *args), has_aux=True,
+            lambda held: scaled_sum(filled(held, params), *args), has_aux=True,
             factored=Rows if rows and pieces == 1 else False, **engine
         )
         (_, out), grads = differentiated(held)
@@ -92,7 +88,7 @@ def gradients_of(
             return (total, out.model_state, memory), (out.value, out.metrics)
 
         start = place.gradients(tree_map(zeros, held), params), model_state, memory
-        each = _split(batch, pieces), jnp.arange(pieces)
+        each = in_equal_pieces(batch, pieces), jnp.arange(pieces)
         (grads, model_state, memory), (values, metrics) = lax.scan(one, start, each)
         value, metrics = _over_pieces((values, metrics))
         weight = _total(values) if isinstance(values, Weighted) else Weighted(0.0, pieces)
@@ -100,6 +96,18 @@ def gradients_of(
         return Gradients(grads, value, metrics, model_state, memory)
 
     return whole if pieces == 1 else in_pieces
+
+
+def scaled_sum_of(loss: Callable, dtype) -> Callable:
+    """``(params, batch, key, model_state, scale) -> (what is differentiated, what the loss gave)``.
+    """
+    def scaled_sum(params, batch, key, model_state, scale):
+        whole = cast(params, dtype)
+        out = call_loss(loss, whole, cast(batch, dtype), key, model_state)
+        total = out.value.sum if isinstance(out.value, Weighted) else out.value
+        return total if scale is None else scaled(total, scale), out
+
+    return scaled_sum
 
 
 def check_pieces(pieces):
@@ -130,7 +138,7 @@ def _total(stacked: Weighted) -> Weighted:
     return Weighted(jnp.sum(number(stacked.sum)), jnp.sum(number(stacked.weight)))
 
 
-def _split(batch, pieces):
+def in_equal_pieces(batch, pieces):
     """Every array [n, ...] as [pieces, n / pieces, ...]."""
     sizes = sorted({x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)})
     if len(sizes) != 1 or sizes[0] % pieces or sizes == [0]:
@@ -148,6 +156,6 @@ def _held(grads, held):
     )
 
 
-def _fill(params, full):
+def filled(params, full):
     """The holes of ``params`` filled from ``full``."""
     return tree_map(lambda p, f: f if p is None else p, params, full, is_leaf=lambda p: p is None)

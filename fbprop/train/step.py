@@ -146,7 +146,7 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, place, learning, align
         check_learning(learning, state)
         check_scaled(compute_dtype, state.loss_scale)
         key = jax.random.fold_in(state.key, state.step)
-        held = _trainable(optimizer, state.params)
+        held = trainable(optimizer, state.params)
         scale = None if state.loss_scale is None else state.loss_scale.scale
         given = state.params, batch, key, state.model_state, scale, state.learning
         got = gradients(held, *given)
@@ -191,7 +191,7 @@ def _value_of(gradients: Callable) -> Callable:
     return value
 
 
-def _trainable(optimizer, params):
+def trainable(optimizer, params):
     """The parameters with None in place of the frozen ones."""
     if not is_freezing(optimizer):
         return params

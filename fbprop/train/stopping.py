@@ -15,20 +15,27 @@ class NonFiniteLoss(FloatingPointError):
     Attributes:
       step: the number of the step, the first being 1.
       checkpoint: path of the last good checkpoint, or None.
+      operation: the `fbprop.watch.Origin` of it, or None where it is not known.
     """
 
-    def __init__(self, what: str, step: int, checkpoint):
+    def __init__(self, what: str, step: int, checkpoint, operation=None):
         left = (
             f"the last good checkpoint is {checkpoint}" if checkpoint is not None
             else "no checkpoint was written (checkpoints=directory writes them)"
         )
+        made = "" if operation is None else f"; {operation}"
         super().__init__(
             f"Training stops when its numbers are not finite, got {what} in step {step} expected "
-            f"a finite one; {left}: lower the learning rate, clip gradients, or look at the batch: "
-            "a class label outside the range of the classes makes a loss nan, and so do inputs "
-            "that hold nan or inf."
+            f"a finite one{made}; {left}: lower the learning rate, clip gradients, or look at the "
+            "batch: a class label outside the range of the classes makes a loss nan, and so do "
+            "inputs that hold nan or inf."
         )
-        self.step, self.checkpoint = step, checkpoint
+        self.what, self.step, self.checkpoint = what, step, checkpoint
+        self.operation = operation
+
+    def by(self, operation) -> NonFiniteLoss:
+        """The same error, with the operation named, if it is known."""
+        return NonFiniteLoss(self.what, self.step, self.checkpoint, operation)
 
 
 def first_bad_step(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | None:

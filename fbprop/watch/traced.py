@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
@@ -27,7 +29,7 @@ class Traced:
         flat_rest, rest_tree = tree_flatten((rest, kwargs))
         arrays = [i for i, x in enumerate(flat_rest) if _is_array(x)]
         self.others = [flat_rest[i] for i in arrays]
-        self.names = _names({i: args[i] for i in chosen}, chosen, rest, kwargs)
+        self.names = _names(fun, {i: args[i] for i in chosen}, chosen, rest, kwargs)
 
         def flat(*values):
             first, given = values[: len(self.leaves)], list(flat_rest)
@@ -72,15 +74,26 @@ def _is_array(x):
     return isinstance(x, kinds) and getattr(x.dtype, "kind", "V") not in "OSU"
 
 
-def _names(chosen_args, chosen, rest, kwargs):
-    """How to speak of the inputs: ``"argument 0['w']"``."""
+def _names(fun, chosen_args, chosen, rest, kwargs):
+    """How to speak of the inputs: ``"argument params['w']"``."""
     def of(start, tree, only=lambda x: True):
-        return [f"{start}{keystr(p)}" for p, x in tree_flatten_with_path(tree)[0] if only(x)]
+        found = tree_flatten_with_path(tree)[0]
+        return [f"argument {start}{keystr(path)}" for path, x in found if only(x)]
 
-    first = [name for i in chosen for name in of(f"argument {i}", chosen_args[i])]
-    others = [name for i in sorted(rest) for name in of(f"argument {i}", rest[i], _is_array)]
-    named = [name for k in sorted(kwargs) for name in of(f"argument {k!r}", kwargs[k], _is_array)]
-    return first + others + named
+    called = _parameters(fun, len(chosen) + len(rest))
+    first = [name for i in chosen for name in of(called[i], chosen_args[i])]
+    others = [name for i in sorted(rest) for name in of(called[i], rest[i], _is_array)]
+    return first + others + [n for k in sorted(kwargs) for n in of(k, kwargs[k], _is_array)]
+
+
+def _parameters(fun, n):
+    """What a function calls its n positional arguments, numbers where that is not known."""
+    try:
+        kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        found = [p.name for p in inspect.signature(fun).parameters.values() if p.kind in kinds]
+    except (TypeError, ValueError):
+        found = []
+    return (found + [*range(len(found), n)])[:n]
 
 
 def _pair(out):
