@@ -14,10 +14,11 @@ from fbprop.learning.learned_feedback import kolen_pollack, product_feedback, we
 from fbprop.learning.method import Method, backprop
 from fbprop.learning.perturbation import evolution_strategy, forward_gradient
 from fbprop.learning.random_feedback import feedback_alignment, sign_symmetry
+from fbprop.learning.surrogate import one_hot_argmax, step, surrogate
 
 __all__ = [
     "Alignment", "Feedback", "Method", "activity_forward_gradient", "alignment", "backprop",
     "blend", "by_path", "direct_feedback_alignment", "direct_kolen_pollack", "evolution_strategy",
-    "feedback_alignment", "forward_gradient", "kolen_pollack", "product_feedback",
-    "sign_symmetry", "weight_mirror",
+    "feedback_alignment", "forward_gradient", "kolen_pollack", "one_hot_argmax", "product_feedback",
+    "sign_symmetry", "step", "surrogate", "weight_mirror",
 ]

@@ -35,14 +35,16 @@ from fbprop.nn.pretrained import load_bert, load_gpt2
 from fbprop.nn.recurrent import bidirectional, gru, lstm
 from fbprop.nn.regularization import dropout
 from fbprop.nn.shapes import sequence_mask
+from fbprop.nn.spiking import leaky_integrate_and_fire
 from fbprop.nn.summary import summary
 
 __all__ = [
-    "Layer", "accuracy", "attention", "avg_pool", "batch_norm", "bidirectional", "combine", "conv",
-    "convnet", "count_parameters", "dense", "dropout", "elu", "embedding", "encoder", "flatten",
-    "function", "gelu", "global_avg_pool", "gpt", "group_norm", "gru", "gru_lm", "initializers",
-    "layer_norm", "leaky_relu", "load_bert", "load_gpt2", "log_mel", "lstm", "lstm_lm", "max_pool",
-    "mean_squared_error", "mel_filters", "mlp", "partition", "position_embedding", "relu",
-    "repeated", "residual", "resnet", "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu",
-    "softmax_cross_entropy", "softplus", "summary", "tanh",
+    "Layer", "accuracy", "attention", "avg_pool", "batch_norm", "bidirectional", "combine",
+    "conv", "convnet", "count_parameters", "dense", "dropout", "elu", "embedding", "encoder",
+    "flatten", "function", "gelu", "global_avg_pool", "gpt", "group_norm", "gru", "gru_lm",
+    "initializers", "layer_norm", "leaky_integrate_and_fire", "leaky_relu", "load_bert",
+    "load_gpt2", "log_mel", "lstm", "lstm_lm", "max_pool", "mean_squared_error", "mel_filters",
+    "mlp", "partition", "position_embedding", "relu", "repeated", "residual", "resnet",
+    "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu", "softmax_cross_entropy",
+    "softplus", "summary", "tanh",
 ]
