@@ -108,14 +108,21 @@ def explain(
             reduce_sum            reduce_sum                f32[2,3] -> f32[]                  0
                                                             total                             24
     """
+    if isinstance(rules, Table):
+        rules = _Watched(rules)
+    found = planned(fun, args, argnums, rules, fallback)
+    lines, kept = _lines(found.plan, found.kept, 0), _bytes(tree_leaves(found.kept))
+    return Explanation(tuple(lines), kept, () if rules is None else rules.unmet())
+
+
+def planned(fun: Callable, args, argnums, rules, fallback):
+    """The pullback that `vjp` would return, of types in place of arrays; arguments as `explain`."""
     if not callable(fun):
         raise TypeError(f"explain is about a function, got {fun!r} expected a callable.")
     chosen = _positions(indices(argnums)[0], args)
     # Only what is differentiated or has no value is traced: other arguments may be static.
     leaves, tree = tree_flatten([None if i in chosen else x for i, x in enumerate(args)])
     types = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
-    if isinstance(rules, Table):
-        rules = _Watched(rules)
 
     def pullback(primals, values):
         values = iter(values)
@@ -128,9 +135,7 @@ def explain(
 
         return vjp(of_chosen, *primals, rules=rules, fallback=fallback)[1]
 
-    found = jax.eval_shape(pullback, [args[i] for i in chosen], types)
-    lines, kept = _lines(found.plan, found.kept, 0), _bytes(tree_leaves(found.kept))
-    return Explanation(tuple(lines), kept, () if rules is None else rules.unmet())
+    return jax.eval_shape(pullback, [args[i] for i in chosen], types)
 
 
 class _Watched(Table):

@@ -69,12 +69,14 @@ class Step(NamedTuple):
     forward: (*operands) -> (results, extra), or None to evaluate the equation as it stands;
       ``extra`` is a pytree of arrays kept besides ``keep``.
     inner: the halves of equations inside this one (`fbprop.core.halves.Halves`), for `explain`.
+    slots: of a loop, where each leaf that its inner halves keep is kept: see its rule.
     """
 
     keep: tuple[int, ...]
     backward: Callable
     forward: Callable | None = None
     inner: tuple = ()
+    slots: tuple = ()
 
 
 class Rule:

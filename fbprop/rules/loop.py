@@ -54,7 +54,9 @@ class Scan(Rule):
             site.params["length"], site.params["reverse"], site.params["unroll"],
             site.engine.shared_path(site.path), self.sweep,
         )
-        return Step(loop.keep, loop.backward, loop.forward, inner=(loop.both,))
+        return Step(
+            loop.keep, loop.backward, loop.forward, inner=(loop.both,), slots=tuple(loop.slots)
+        )
 
 
 def _active_carry(site):

@@ -29,7 +29,7 @@ class Traced:
         flat_rest, rest_tree = tree_flatten((rest, kwargs))
         arrays = [i for i, x in enumerate(flat_rest) if _is_array(x)]
         self.others = [flat_rest[i] for i in arrays]
-        self.names = _names(fun, {i: args[i] for i in chosen}, chosen, rest, kwargs)
+        self.names = names_of(fun, {i: args[i] for i in chosen}, chosen, rest, kwargs)
 
         def flat(*values):
             first, given = values[: len(self.leaves)], list(flat_rest)
@@ -74,13 +74,13 @@ def _is_array(x):
     return isinstance(x, kinds) and getattr(x.dtype, "kind", "V") not in "OSU"
 
 
-def _names(fun, chosen_args, chosen, rest, kwargs):
+def names_of(fun, chosen_args, chosen, rest, kwargs):
     """How to speak of the inputs: ``"argument params['w']"``."""
     def of(start, tree, only=lambda x: True):
         found = tree_flatten_with_path(tree)[0]
         return [f"argument {start}{keystr(path)}" for path, x in found if only(x)]
 
-    called = _parameters(fun, len(chosen) + len(rest))
+    called = _parameters(fun, 1 + max((*chosen, *rest), default=0))
     first = [name for i in chosen for name in of(called[i], chosen_args[i])]
     others = [name for i in sorted(rest) for name in of(called[i], rest[i], _is_array)]
     return first + others + [n for k in sorted(kwargs) for n in of(k, kwargs[k], _is_array)]
