@@ -14,8 +14,8 @@ import jax
 from jax.tree_util import tree_map
 
 from fbprop import watch
-from fbprop.train.gradients import filled, in_equal_pieces, scaled_sum_of
-from fbprop.train.step import trainable
+from fbprop.train.gradients import in_equal_pieces
+from fbprop.train.step import loss_at
 
 MOST = 1000  # steps that are made again at most, so that an error does not wait for hours
 
@@ -87,20 +87,14 @@ def _by_step(steps, state, d, look, last):
 def _looking(steps):
     """``(state, batch) -> Origin or None``."""
     options = steps.options
-    scaled_sum = scaled_sum_of(steps.loss, options.get("compute_dtype"))
     engine = {k: options[k] for k in ("rules", "fallback") if k in options}
     pieces = options.get("accumulate", 1)
+    at = loss_at(steps.loss, steps.optimizer, steps.place, options.get("compute_dtype"))
 
     @jax.jit
     def found_in(state, batch, key):
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-
-        def loss(params, batch):
-            whole, batch = filled(params, state.params), steps.place.batch(batch)
-            return scaled_sum(whole, batch, key, state.model_state, scale)
-
-        held = trainable(steps.optimizer, state.params)
-        return watch.first_nonfinite(loss, has_aux=True, **engine)(held, batch)[1]
+        loss, params = at(state, key)
+        return watch.first_nonfinite(loss, has_aux=True, **engine)(params, batch)[1]
 
     def look(state, batch):
         key = jax.random.fold_in(state.key, state.step)

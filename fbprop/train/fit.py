@@ -24,6 +24,7 @@ from fbprop.train.run import Run, Store
 from fbprop.train.state import State, init
 from fbprop.train.step import epoch, step
 from fbprop.train.stopping import BestSoFar, LossWatch, NonFiniteLoss
+from fbprop.train.watching import watching
 
 
 class Fit(NamedTuple):
@@ -48,7 +49,7 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
         monitor: str = "loss", mode: str = "min", patience: int | None = None,
         checkpoints: str | os.PathLike | None = None, keep_last: int = 3, resume: bool = True,
         log: str | os.PathLike | None = None, progress: bool | None = None, mesh=None, layout=None,
-        **options) -> Fit:
+        watch=None, **options) -> Fit:
     """Trains until ``epochs`` or ``steps`` are done, or held-out results stop improving.
 
     A run is a sequence of rounds. At the end of each: the held-out metrics, a row in the history
@@ -87,6 +88,10 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
         the order of the data and, up to rounding, the losses are those of one device. Of several
         processes, which all make the same call, each has all of ``data`` with ``batch_size``, and
         without yields its own part of each batch (`fbprop.mesh.feed`).
+      watch: how often to look at what flows, forward and backward: a number of steps, or
+        `fbprop.watch.every`. A look is one more gradient, of the last batch (of its first piece) at
+        the parameters after it, under the loss scale; it stands in its round's row, for
+        `fbprop.watch.page`. None: never.
 
     Returns:
       A `Fit`.
@@ -144,6 +149,10 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     try:
         one = step(loss, optimizer, mesh=mesh, layout=layout, **options)
         many = epoch(loss, optimizer, mesh=mesh, layout=layout, **options)
+        run.looks = watching(
+            watch, Steps(None, feed, one, many, loss, optimizer, place, options)
+        )
+        feed.rhythm = run.looks.rhythm(feed.rhythm)
         stopped = _reason(run, epochs, steps, patience)
         while stopped is None:
             stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
@@ -203,6 +212,7 @@ def _one_pass(run, feed, one, many, bar, limits):
             else:
                 run.state, metrics = many(run.state, d.data, d.indices)
             run.count(d, metrics)
+            run.looks.after(d, run.state, run.step)
             bar.update(d.steps, run.text())
             if feed.rhythm.ends_round(d.after) or run.step == limits[1]:
                 run.end_round()

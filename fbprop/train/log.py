@@ -13,8 +13,9 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a log that `fbprop.train.fit` wrote, the first round first.
 
     Each is ``{"step", "epoch", "seconds", "train": {name: mean over the round}}``, with held-out
-    data also ``"held_out": {name: value}``; a number that was not finite is None. A last line that
-    was cut off is left out.
+    data also ``"held_out": {name: value}``, and of a run that is watched ``"watch"``, for
+    `fbprop.watch.page`; a number that was not finite is None. A last line that was cut off is left
+    out.
 
     Raises:
       ValueError: a line before the last is not JSON.
@@ -77,4 +78,6 @@ def _finite(x):
     """JSON has no NaN or infinity: None instead."""
     if isinstance(x, dict):
         return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [*map(_finite, x)]
     return None if isinstance(x, float) and not math.isfinite(x) else x

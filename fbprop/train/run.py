@@ -15,6 +15,7 @@ from fbprop.train.checkpoint import check_keep_last, latest, read_manifest, rest
 from fbprop.train.precision import all_finite
 from fbprop.train.shards import agreed
 from fbprop.train.stopping import NonFiniteLoss, first_bad_step
+from fbprop.train.watching import Nobody
 
 
 class Run:
@@ -25,7 +26,7 @@ class Run:
         self.store, self.watch, self.best = store, watch, best
         self.held_out, self.log = held_out, log
         self.unread, self.round, self.started = None, [], time.perf_counter()
-        self.kept_best = None
+        self.kept_best, self.looks = None, Nobody()
         self.finite = jax.jit(all_finite)
 
     def count(self, dispatch, metrics):
@@ -67,7 +68,7 @@ class Run:
             row["held_out"] = self.held_out(self.state)
             if self.best.see(row["held_out"], self.step) and self.store is None:
                 self.kept_best = _on_host(self.state)
-        self.log.add(row)
+        self.log.add(row | self.looks.take())
         if self.store is not None:
             self.store.save(self)
         self.round, self.started = [], time.perf_counter()

@@ -15,7 +15,7 @@ from fbprop.learning.alignment import compared
 from fbprop.learning.method import Method
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
 from fbprop.optim.transform import increment, scaled, takes_factored
-from fbprop.train.gradients import check_pieces, gradients_of
+from fbprop.train.gradients import check_pieces, filled, gradients_of, scaled_sum_of
 from fbprop.train.learned import check_learning, learned
 from fbprop.train.placement import placement
 from fbprop.train.precision import all_finite, check_compute_dtype, check_scaled, keep_if_finite
@@ -189,6 +189,24 @@ def _value_of(gradients: Callable) -> Callable:
 
     value.defvjp(forward, backward)
     return value
+
+
+def loss_at(loss, optimizer, place, dtype) -> Callable:
+    """``(state, key) -> (fun, params)``: what a step differentiates, as a function of the
+    trainable parameters and the batch, and these parameters.
+    """
+    scaled_sum = scaled_sum_of(loss, dtype)
+
+    def at(state, key):
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+
+        def loss_of(params, batch):
+            whole, batch = filled(params, state.params), place.batch(batch)
+            return scaled_sum(whole, batch, key, state.model_state, scale)
+
+        return loss_of, trainable(optimizer, state.params)
+
+    return at
 
 
 def trainable(optimizer, params):

@@ -79,7 +79,7 @@ def value_and_grad(
              reduce_sum   float32[]     16      0       1        0
     """
     check_function(fun)
-    of = _checked(of)
+    of = (*checked(of), flowed)
     which, several = indices(argnums)
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
@@ -119,7 +119,8 @@ def _by_name(tree, names):
     return [dict(zip(names, flat[i : i + len(names)])) for i in range(0, len(flat), len(names))]
 
 
-def _checked(of):
+def checked(of) -> tuple[Callable, ...]:
+    """The statistics, or what is wrong with them."""
     of = tuple(of)
     if wrong := [f for f in of if not (callable(f) and hasattr(f, "__name__"))]:
         raise TypeError(
@@ -132,4 +133,4 @@ def _checked(of):
             f"Statistics are told apart by their names, got {names} expected one or more, all "
             "different: define each with def."
         )
-    return (*of, flowed)
+    return of
