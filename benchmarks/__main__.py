@@ -30,6 +30,8 @@ def arguments(argv):
                         help="of flax,equinox,torch,torch.compile: whole steps against these too")
     parser.add_argument("--target", metavar="NAME", help="compile for this device, which need not "
                         "be there, and run nothing: h100 or v5e")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="rows for several "
+                        "devices, on so many: what they send each other (CPUs are simulated)")
     parser.add_argument("--list", action="store_true", help="names of the rows, then stop")
     return parser.parse_args(argv)
 
@@ -40,6 +42,11 @@ def environment(options):
         targets.prepare(options.target)
     elif options.device:
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[options.device]
+    if options.devices > 1:
+        flag = f"--xla_force_host_platform_device_count={options.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        # Of each layout for which XLA's CPU partitioner has to gather, it writes ten lines.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if options.threads:
         cores = sorted(os.sched_getaffinity(0))
         if options.threads > len(cores):
@@ -60,9 +67,9 @@ def main(argv):
     options = arguments(argv)
     environment(options)
     from benchmarks.peers import MODULES
-    from benchmarks.suite import SECONDS, compile_for, run, selected  # imports JAX
+    from benchmarks.suite import SECONDS, compile_for, count, run, selected  # imports JAX
 
-    entries = selected(options.only, options.size, accelerator=bool(options.target))
+    entries = selected(options.only, options.size, bool(options.target), options.devices)
     if not entries:
         sys.exit(f"--only names a row, got {options.only!r}: see --list.")
     if unknown := set(filter(None, options.peers.split(","))) - MODULES.keys():
@@ -74,6 +81,8 @@ def main(argv):
         write = lambda record: print(json.dumps(record), file=file, flush=True)
         if options.target:
             return compile_for(options.target, entries, write)
+        if options.devices > 1:
+            return count(options.devices, entries, write)
         peers = list(filter(None, options.peers.split(",")))
         return run(entries, options.seconds or SECONDS[options.size], options.clock, peers, write)
 

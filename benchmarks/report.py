@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.machine import copy_rate, matmul_rate
+from benchmarks.sharded import report as sharded
 from benchmarks.targets import report as compiled
 
 COLUMNS = (
@@ -72,10 +73,16 @@ def header(columns=COLUMNS) -> str:
 
 def line(r: dict) -> str:
     """One record as a line of the table."""
-    columns, cells = (compiled.COLUMNS, compiled.cells) if "target" in r else (COLUMNS, _cells)
+    special = _special(r)
+    columns, cells = (special.COLUMNS, special.cells) if special else (COLUMNS, _cells)
     if "error" in r:
         return f"{_line({k: r[k] for k in LEFT}, columns).rstrip()}  FAILED {r['error']}"
     return _line(cells(r), columns)
+
+
+def _special(r):
+    """What knows the lines of programs that were counted, not timed; None of the others."""
+    return sharded if "devices" in r else compiled if "target" in r else None
 
 
 def _cells(r):
@@ -113,7 +120,7 @@ def means(records: list[dict]) -> list[str]:
 
 
 def _group(r):
-    device = f" on {r['target']}" if "target" in r else ""
+    device = "".join(f" on {r[name]}" for name in ("target", "devices") if name in r)
     return f"{r['kind']} rows against {r['against']}{device}"
 
 
@@ -131,8 +138,8 @@ def _mean(group):
 
 def ratios(r: dict) -> dict[str, float]:
     """fbprop / other of a record, by title of the column; very small figures count as more."""
-    if "target" in r:
-        return compiled.ratios(r)
+    if special := _special(r):
+        return special.ratios(r)
     found = {"time": r["time_ratio"][1]}
     if r["temp_bytes"]:
         ours, theirs = (max(b, FLOOR) for b in r["temp_bytes"])
@@ -187,7 +194,7 @@ def compare(before: list[dict], after: list[dict]) -> list[str]:
 
 
 def _key(r):
-    return tuple(r[name] for name in (*LEFT, "target") if name in r)
+    return tuple(str(r[name]) for name in (*LEFT, "target", "devices") if name in r)
 
 
 def _state(r):
@@ -213,7 +220,9 @@ def markdown(records: list[dict], only: str = "") -> list[str]:
     """
     records = [r for r in records if any(p in r["row"] for p in only.split(","))]
     titles = ["row", "size", "against"]
-    if any("target" in r for r in records):
+    if any("devices" in r for r in records):
+        shown = {"collectives": "count", "bytes sent": "sent", "temporary memory": "memory"}
+    elif any("target" in r for r in records):
         shown = {"temporary memory": "memory", "bytes moved": "moved", "kernels": "kernels"}
     else:
         shown = {"time": "time", "temporary memory": "memory"}

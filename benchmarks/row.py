@@ -36,6 +36,7 @@ class Row:
       tolerance: largest relative difference from JAX's results that is agreement.
       jitted: False measures un-jitted calls.
       carries: the first result is the next call's first argument, which is donated.
+      places: for several devices, ``array of devices -> (shardings of inputs, of results)``.
       name, size: filled in by the table.
     """
 
@@ -47,6 +48,7 @@ class Row:
     tolerance: float = 1e-5
     jitted: bool = True
     carries: bool = False
+    places: Callable | None = None
     name: str = ""
     size: str = ""
 
@@ -79,6 +81,7 @@ class Entry(NamedTuple):
     dims: tuple[int, ...]
     make: Callable
     accelerator: bool
+    devices: int
 
     @property
     def size(self):
@@ -92,12 +95,14 @@ class Entry(NamedTuple):
 _ENTRIES: dict[str, list[Entry]] = {size: [] for size in SIZES}
 
 
-def row(kind="operation", accelerator=False, **sizes):
+def row(kind="operation", accelerator=False, devices=1, **sizes):
     """Decorator: put ``make(draw, *dims) -> Row`` in the table, once per tuple of sizes."""
 
     def register(make):
         for size, tuples in sizes.items():
-            _ENTRIES[size] += [Entry(make.__name__, kind, d, make, accelerator) for d in tuples]
+            _ENTRIES[size] += [
+                Entry(make.__name__, kind, d, make, accelerator, devices) for d in tuples
+            ]
         return make
 
     return register

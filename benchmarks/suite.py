@@ -6,6 +6,7 @@ import functools
 import time
 
 import jax
+import numpy as np
 
 import benchmarks.rows  # noqa: F401  (fills the table of rows)
 import fbprop
@@ -13,6 +14,8 @@ from benchmarks import adam, machine, report, targets
 from benchmarks.meter import measure, measure_peer
 from benchmarks.peers import missing, step
 from benchmarks.row import entries
+from benchmarks.sharded import compiled as spread
+from benchmarks.sharded import report as spread_report
 from benchmarks.targets import compiled
 from benchmarks.targets import report as compiled_report
 
@@ -20,10 +23,11 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SECONDS = {"smoke": 0.1, "small": 1.0, "full": 5.0}
 
 
-def selected(only: str, size: str, accelerator: bool = False):
+def selected(only: str, size: str, accelerator: bool = False, devices: int = 1):
     """Rows whose name contains one of the comma-separated patterns, or equals it after ``=``.
 
     Args:
+      devices: rows for so many; for more than one those for several.
       accelerator: whether rows at an accelerator's sizes are among them; where there is a GPU
         they are.
     """
@@ -33,6 +37,7 @@ def selected(only: str, size: str, accelerator: bool = False):
         e for e in entries(size)
         if any(e.name == p[1:] if p.startswith("=") else p in e.name for p in patterns)
         and (accelerator or not e.accelerator)
+        and (e.devices == 1 if devices == 1 else 1 < e.devices <= devices)
     ]
 
 
@@ -63,6 +68,23 @@ def compile_for(target: str, chosen, write) -> int:
 
     chosen = [e for e in chosen if e.kind != "cost"]  # those are about running
     return _table(chosen, compiled_records, write, compiled_report.COLUMNS)
+
+
+def count(devices: int, chosen, write) -> int:
+    """Compile and run rows on several devices, and count what they send; as `run`."""
+    source = {"devices": devices, **machine.provenance()}
+    print(f"{devices} x {source['device']}, jax {jax.__version__}, commit {source['commit']}; Adam "
+          f"in whole steps: fbprop's, against {adam.described()}")
+    print("fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")
+
+    def counted(entry):
+        try:
+            measured = spread.measure(entry.row(), fbprop, jax, np.array(jax.devices()))
+            yield spread_report.record(measured, entry.kind, source)
+        except Exception as error:
+            yield report.failure(entry, "jax", error, source)
+
+    return _table(chosen, counted, write, spread_report.COLUMNS)
 
 
 def _table(chosen, records_of, write, columns) -> int:

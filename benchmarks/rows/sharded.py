@@ -1,0 +1,151 @@
+"""Gradients and whole steps of networks that several devices share, by four strategies.
+
+``data`` and ``model`` are the mesh's axes. The batch is split over ``data``; parameters are whole
+on every device, or each is split over ``model``, or over ``data`` where ``fully`` is 1. Sizes are
+large enough for values to be computed again. Rows named ``explicit`` have mesh axes of that type,
+for which JAX takes these networks as they are only where parameters are whole, and no others.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.row import Row, row
+from benchmarks.rows.elementwise import cross_entropy
+from benchmarks.rows.image_steps import resnet, resnet_params
+from benchmarks.rows.recurrent import lstm_layer, recurrent_weights
+from benchmarks.rows.sequence_steps import gpt_loss, gpt_params
+from benchmarks.rows.steps import classification, dense_layers, mlp, training_step
+from fbprop import mesh
+from fbprop.mesh.layouts import is_spec
+
+STRATEGIES = [(8, 1, 0), (8, 1, 1), (1, 8, 0), (2, 4, 0)]  # data, model, fully
+SIZES = {"devices": 8, "smoke": STRATEGIES[-1:], "small": STRATEGIES, "full": STRATEGIES}
+
+
+def of_mlp(draw):
+    batch = draw.normal(64, 32), draw.integers(8, 64)
+    return classification(mlp), dense_layers(draw, 32, 64, 64, 8), batch
+
+
+def of_gpt(draw):
+    return gpt_loss(4), gpt_params(draw, 2, 32, 32, 64), [draw.integers(64, 16, 33)]
+
+
+def of_convnet(draw):
+    batch = draw.normal(16, 16, 16, 3), draw.integers(8, 16)
+    return classification(resnet), resnet_params(draw, 1, 8), batch
+
+
+def of_lstm(draw):
+    params = recurrent_weights(draw, 4, 16, 16), dense_layers(draw, 16, 8)
+
+    def loss(params, xs, labels):
+        cell, head = params
+        return cross_entropy(mlp(head, lstm_layer(*cell, xs.swapaxes(0, 1))), labels.T)
+
+    return loss, params, [draw.normal(16, 32, 16), draw.integers(8, 16, 32)]
+
+
+def of_embedding(draw):
+    params = draw.normal(64, 32), dense_layers(draw, 32, 8)
+    loss = lambda params, words, labels: cross_entropy(mlp(params[1], params[0][words]), labels)
+    return loss, params, [draw.integers(64, 64, 8), draw.integers(8, 64, 8)]
+
+
+def layout(model, fully):
+    """Where parameters are; the batch is over ``data``."""
+    if fully:
+        return mesh.fully_sharded("data")
+    return mesh.replicated() if model == 1 else mesh.fully_sharded("model", batch="data")
+
+
+def sharded_gradient(network, draw, data, model, fully, explicit=False, **figures) -> Row:
+    """Value and gradient, which lies where the parameters do."""
+    loss, params, batch = network(draw)
+
+    def places(devices):
+        over, params_at = _places(devices, data, model, fully, params, explicit)
+        batch_at = [NamedSharding(over, P("data"))] * len(batch)
+        return (params_at, *batch_at), (None, params_at)
+
+    return Row(lambda ad: ad.value_and_grad(loss), (params, *batch), places=places, **figures)
+
+
+def sharded_step(network, draw, data, model, fully, **figures) -> Row:
+    """A whole step with Adam, whose moments lie where the parameters do."""
+    loss, params, batch = network(draw)
+    one = training_step(loss, params, batch, **figures)
+
+    def places(devices):
+        over, params_at = _places(devices, data, model, fully, params)
+        whole = NamedSharding(over, P())
+        state = params_at, [whole, *jax.tree.leaves(params_at) * 2]
+        batch_at = tuple(NamedSharding(over, P("data")) for _ in batch)
+        return (state, batch_at, whole), (state, None)
+
+    return Row(one.build, one.inputs, probe=one.probe, carries=True, tolerance=one.tolerance,
+               places=places)
+
+
+def _places(devices, data, model, fully, params, explicit=False):
+    kind = (AxisType.Explicit if explicit else AxisType.Auto,) * 2
+    over = Mesh(devices[:data * model].reshape(data, model), ("data", "model"), axis_types=kind)
+    specs = layout(model, fully).specs(over, params)
+    return over, jax.tree.map(lambda spec: NamedSharding(over, spec), specs, is_leaf=is_spec)
+
+
+@row("sharded", **SIZES)
+def mlp_sharded(draw, data, model, fully):
+    return sharded_gradient(of_mlp, draw, data, model, fully)
+
+
+@row("sharded", **SIZES)
+def gpt_sharded(draw, data, model, fully):
+    return sharded_gradient(of_gpt, draw, data, model, fully)
+
+
+@row("sharded", **SIZES)
+def convnet_sharded(draw, data, model, fully):
+    # Batch statistics of three stages: sums over devices are added up in another order.
+    return sharded_gradient(of_convnet, draw, data, model, fully, tolerance=1e-4)
+
+
+@row("sharded", **SIZES)
+def lstm_sharded(draw, data, model, fully):
+    return sharded_gradient(of_lstm, draw, data, model, fully)
+
+
+@row("sharded", **SIZES)
+def embedding_sharded(draw, data, model, fully):
+    return sharded_gradient(of_embedding, draw, data, model, fully)
+
+
+@row("sharded", **SIZES)
+def mlp_step_sharded(draw, data, model, fully):
+    return sharded_step(of_mlp, draw, data, model, fully)
+
+
+@row("sharded", **SIZES)
+def gpt_step_sharded(draw, data, model, fully):
+    return sharded_step(of_gpt, draw, data, model, fully)
+
+
+@row("sharded", **SIZES)
+def embedding_step_sharded(draw, data, model, fully):
+    return sharded_step(of_embedding, draw, data, model, fully)
+
+
+EXPLICIT = {"devices": 8, **dict.fromkeys(("smoke", "small", "full"), STRATEGIES[:1])}
+
+
+@row("sharded", **EXPLICIT)
+def mlp_explicit_sharded(draw, data, model, fully):
+    return sharded_gradient(of_mlp, draw, data, model, fully, explicit=True)
+
+
+@row("sharded", **EXPLICIT)
+def convnet_explicit_sharded(draw, data, model, fully):
+    return sharded_gradient(of_convnet, draw, data, model, fully, explicit=True, tolerance=1e-4)

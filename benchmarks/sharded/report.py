@@ -1,0 +1,42 @@
+"""Lines of the table, and of a results file, about programs for several devices."""
+
+from __future__ import annotations
+
+from benchmarks.sharded.compiled import Spread
+
+FIGURES = {  # in a record, a pair (fbprop's, the other's); in the table, their ratio
+    "collectives": "count", "sent_bytes": "sent", "temp_bytes": "memory",
+}
+COLUMNS = (
+    ("row", 24), ("size", 30), ("against", 7), ("agree", 8), ("count", 7), ("sent", 7),
+    ("memory", 7), ("run", 5), ("sent KB", 10), ("temp KB", 10), ("kinds", 40),
+)
+
+
+def record(measured: Spread, kind: str, source: dict) -> dict:
+    """One row as a line of a results file."""
+    row = measured.row
+    figures = {name: getattr(measured, name) for name in (*FIGURES, "kinds", "agreement")}
+    return {"row": row.name, "size": row.size, "kind": kind, "against": measured.against,
+            **figures, **source}
+
+
+def ratios(r: dict) -> dict[str, float]:
+    """fbprop / other, by title of the column; nothing against nothing is 1."""
+    found = {}
+    for name, title in FIGURES.items():
+        ours, theirs = r[name]
+        found[title] = ours / theirs if theirs else (1.0 if ours == 0 else float("inf"))
+    return found
+
+
+def cells(r: dict) -> dict[str, str]:
+    """What stands in the columns of the table."""
+    agreement = "-" if r["agreement"] is None else f"{r['agreement']:8.0e}"
+    kinds = " ".join(f"{n} {kind}" for kind, n in sorted(r["kinds"][0].items()))
+    return {
+        "row": r["row"], "size": r["size"], "against": r["against"], "agree": agreement,
+        **{title: f"{ratio:.3f}" for title, ratio in ratios(r).items()},
+        "run": str(r["collectives"][0]), "sent KB": f"{r['sent_bytes'][0] / 1e3:.1f}",
+        "temp KB": f"{r['temp_bytes'][0] / 1e3:.1f}", "kinds": kinds,
+    }
