@@ -38,7 +38,7 @@ def every(
 
     Example:
       >>> from fbprop import optim, watch
-      >>> schedule = optim.cosine_decay(1e-3, 1000)
+      >>> schedule = optim.cosine(1e-3, 100, 1000)
       >>> watch.every(100, where="encoder/*", of=[watch.norm], rate=schedule).steps
       100
     """
