@@ -135,6 +135,23 @@ def cpu_respects_barriers():
     return _jaxlib_version() >= (0, 12, 0)
 
 
+def behind_barrier(tree):
+    """`jax.lax.optimization_barrier` of arrays, each of the type that it was.
+
+    In a ``shard_map``, jax 0.10 makes what goes through one barrier vary over the same axes: there
+    arrays that vary over others get one of their own.
+    """
+    leaves, form = jax.tree.flatten(tree)
+    kinds = [varying_axes(jax.typeof(x)) for x in leaves]
+    if _jaxlib_version() >= (0, 12, 0) or len(set(kinds)) <= 1:
+        return jax.lax.optimization_barrier(tree)
+    for kind in dict.fromkeys(kinds):
+        mine = [i for i, k in enumerate(kinds) if k == kind]
+        for i, x in zip(mine, jax.lax.optimization_barrier([leaves[i] for i in mine])):
+            leaves[i] = x
+    return form.unflatten(leaves)
+
+
 def is_for_one_device(ctx):
     """Whether what is lowered (`jax.interpreters.mlir.LoweringRuleContext`) is for one device.
 

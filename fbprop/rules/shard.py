@@ -61,7 +61,7 @@ def _step(both, site):
         tuple(a for a in axes if a in jc.varying_axes(v.aval)) if tracked else axes
         for v in both.new
     ]
-    new_specs = [P(r) for r in rows]
+    new_specs = [P(r) if r else P() for r in rows]  # P(()) is too long for a number
     borrowed = both.borrowed()
     kept_specs = [[*in_specs, *out_specs][i] for i in borrowed]
     din_specs = [s for s, r in zip(in_specs, both.reached) if r]

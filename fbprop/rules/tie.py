@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fbprop.core import jaxcompat as jc
 from fbprop.core.opaque import held, is_number_in_trace
@@ -40,7 +39,7 @@ class Tie:
         if not any(self.tied):
             return operands, saved, cotangents
         some = [x for x, t in zip(operands, self.tied) if t]
-        some, saved, cotangents = lax.optimization_barrier((some, saved, cotangents))
+        some, saved, cotangents = jc.behind_barrier((some, saved, cotangents))
         some = iter(some)
         operands = [next(some) if t else x for x, t in zip(operands, self.tied)]
         traced = [d for d in jax.tree.leaves(cotangents) if is_number_in_trace(d)]
