@@ -38,8 +38,7 @@ def test_looks_stand_in_the_log(tmp_path):
         ("hidden", "tanh"), ("", "div"),
     ]
     assert network["rules"]["tanh"].startswith("y = tanh x")
-    assert {"path": "", "primitive": "argument params['w']", "bytes": 48} not in network["kept"]
-    assert {"path": "", "primitive": "argument params['v']", "bytes": 16} in network["kept"]
+    assert [p["kept"] for p in network["points"]] == [4 * 4 * 4, 4 * 4]  # tanh; what is squared
     seen = rows[1]["watch"]["seen"][1]
     assert seen["rate"] == 0.5 / 12
     # The look at step 12 is of the batch of step 12 at the parameters after it.

@@ -61,17 +61,7 @@ class Watching:
         if self.pieces > 1:  # the first piece: as much as there is memory for
             batch = tree_map(lambda x: x[0], in_equal_pieces(batch, self.pieces))
         key = jax.random.fold_in(state.key, state.step)
-        if not self.described:
-            self.keeping = self._keeping(state, batch, key)
         self.pending = step, self.report(state, batch, key)
-
-    def _keeping(self, state, batch, key):
-        loss, params = self.at(state, key)
-
-        def value(params, batch):
-            return loss(params, batch)[0]
-
-        return watch.kept(value, params, batch, **self.engine)
 
     def _read(self):
         if self.pending is None:
@@ -89,7 +79,7 @@ class Watching:
             return {}
         found = {"seen": self.seen}
         if not self.described:
-            found["network"] = network(self.last, self.keeping, self.engine.get("rules"))
+            found["network"] = network(self.last, self.engine.get("rules"))
             self.described = True
         self.seen = []
         return {"watch": found}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from fbprop import rules as _rules
 from fbprop.watch.flow import ALL, checked
-from fbprop.watch.keeping import Keeping
 from fbprop.watch.points import EVERYTHING
 from fbprop.watch.report import Report
 
@@ -49,16 +48,12 @@ def every(
     return Every(steps, where, checked(of), rate)
 
 
-def network(report: Report, keeping: Keeping | None = None, table=None) -> dict[str, Any]:
-    """What stays the same: points, values kept, and the mathematics of the rules, as plain data."""
+def network(report: Report, table=None) -> dict[str, Any]:
+    """What stays the same: the points, and the mathematics of their rules, as plain data."""
     table = _rules.current() if table is None else table
     points = [p._asdict() | {"shape": list(p.shape), "steps": list(p.steps)} for p in report.points]
-    kept = [] if keeping is None else [
-        {"path": v.path, "primitive": v.primitive, "bytes": v.bytes} for v in keeping.values
-    ]
-    names = {p.primitive.split(" ")[0] for p in report.points} | {v["primitive"] for v in kept}
-    mathematics = {name: table[name].math for name in sorted(names) if name in table}
-    return {"points": points, "kept": kept, "rules": mathematics}
+    names = sorted({p.primitive.split(" ")[0] for p in report.points})
+    return {"points": points, "rules": {n: table[n].math for n in names if n in table}}
 
 
 def look(step: int, report: Report, **more: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from typing import NamedTuple
 
 from fbprop.core import jaxcompat as jc
@@ -45,6 +46,8 @@ class Point(NamedTuple):
       line: where the user wrote it.
       shape, dtype: of the value; inside a loop, of one step's.
       steps: lengths of the loops around it, the outermost first.
+      kept: bytes kept for the backward pass of the values made since the point before it, over all
+        steps; what rules keep besides values is not among them: `fbprop.watch.kept` has it all.
     """
 
     path: str
@@ -53,6 +56,7 @@ class Point(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     steps: tuple[int, ...]
+    kept: int = 0
 
     @property
     def name(self) -> str:
@@ -104,7 +108,25 @@ def _points(plan, path, steps, where, table, met):
                     r: point._replace(shape=v.aval.shape, dtype=v.aval.dtype.name)
                     for r, v in enumerate(eqn.outvars) if site.wanted[r]
                 }
+    _count_kept(plan, body, found, math.prod(steps))
     return found
+
+
+def _count_kept(plan, body, found, times):
+    """Writes down at a body's points what is kept of the values made up to each."""
+    kept, waiting, last = set(plan.keep), 0, None
+    for i, eqn in enumerate(body.eqns):
+        waiting += times * sum(jc.nbytes(v.aval) for v in eqn.outvars if v in kept)
+        if isinstance(found.get(i), dict) and found[i]:
+            last = found[i], min(found[i])
+            waiting = _add_kept(*last, waiting)
+    if last:
+        _add_kept(*last, waiting)
+
+
+def _add_kept(of_results, r, count):
+    of_results[r] = of_results[r]._replace(kept=of_results[r].kept + count)
+    return 0
 
 
 def _is_left_out(eqn, rule, where):
