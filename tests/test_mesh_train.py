@@ -126,7 +126,10 @@ def language_losses(where):
     state = train.init(lambda: GPT.init(jax.random.key(0), tokens), optimizer, mesh=m, layout=where)
     many = train.epoch(of_tokens, optimizer, mesh=m, layout=where)
     indices = np.arange(24).reshape(3, 8) % 8
-    return many(state, TOKENS, indices)[1]["loss"]
+    before = jax.tree.map(lambda x: x.sharding, state)
+    state, metrics = many(state, TOKENS, indices)
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+    return metrics["loss"]
 
 
 def test_a_language_model_whose_table_gets_rows():

@@ -127,7 +127,9 @@ def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
 
     def run(state, data, indices):
         _check_data(data, indices)
-        return lax.scan(lambda s, rows: one(s, tree_map(lambda x: x[rows], data)), state, indices)
+        body = lambda s, rows: one(s, tree_map(lambda x: x[rows], data))
+        # Said again of the loop's results: XLA may lay them out in another way than each step's.
+        return place.result(*lax.scan(body, state, indices))
 
     return jax.jit(run, donate_argnums=0)
 
