@@ -79,6 +79,61 @@ def test_direct_kolen_pollack_learns_from_error_and_activity(x64):
     assert_close(params[2]["w"] - memory["2/w"].T, apart * 0.9**5)
 
 
+@pytest.mark.parametrize("rule", [
+    learning.direct_feedback_alignment,
+    lambda **options: learning.direct_kolen_pollack(0.1, **options),
+])
+def test_computed_again_it_is_the_same(x64, rule):
+    """With pooling, a call, what closes over data, integers and results that are no loss."""
+    @jax.jit
+    def block(p, h):
+        return jax.nn.relu(h @ p["w"] + p["b"])
+
+    def value(params, x, y):
+        h = jnp.where(jnp.arange(3) > 0, x, 0)
+        for layer in params[:-1]:
+            h = block(layer, h)
+        z = h @ params[-1]["w"] + params[-1]["b"]
+        return 0.5 * jnp.sum((z - y) ** 2), {"z": z, "size": jnp.mean(jnp.abs(h)), "x": x}
+
+    plain, again = rule(), rule(recompute=True)
+    memory = plain.init(jax.random.key(0), value, PARAMS, X, Y)
+
+    @jax.jit
+    def both(params, memory):
+        return [m.value_and_grad(value, has_aux=True)(params, X, Y, memory=memory)
+                for m in (plain, again)]
+
+    assert_close(*both(PARAMS, memory))
+
+    def residual(params, x, y):
+        h = jnp.tanh(x @ params[0]["w"])
+        return jnp.sum((h + jnp.tanh(h @ params[1]["w"])[:, :5]) @ params[2]["w"][:5])
+
+    memory = again.init(jax.random.key(0), residual, PARAMS, X, Y)
+    with pytest.raises(ValueError, match="got 1 more values past the product with '1/w'"):
+        again.value_and_grad(residual)(PARAMS, X, Y, memory=memory)
+
+
+def test_computed_again_16_layers_take_less_memory():
+    params = [jnp.ones((64, 64))] * 16
+    x = jnp.ones((256, 64))
+
+    def deep(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x[:, :4] ** 2)
+
+    method = learning.direct_feedback_alignment(recompute=True)
+    memory = method.init(jax.random.key(0), deep, params, x)
+
+    def bytes_of(run, *args):
+        return jax.jit(run).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    ours = bytes_of(lambda p, x, m: method.value_and_grad(deep)(p, x, memory=m), params, x, memory)
+    assert ours < 0.6 * bytes_of(fbprop.value_and_grad(deep), params, x)
+
+
 def test_a_convolutional_and_a_token_network():
     """Leading dimensions that error and layer share stay apart; the last layer's W̄ is true."""
     images = jnp.asarray(DRAW.normal(size=(4, 6, 6, 1)), "float32")

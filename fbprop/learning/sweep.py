@@ -75,12 +75,14 @@ class Use(NamedTuple):
     Attributes:
       place: where it stands, see `Trace`.
       leaves: numbers of the parameters that the weight is made of.
+      at: which operand the weight is.
       x, w, y: types of the data, the weight and the product.
       active: whether the data depend on parameters, so that they get a cotangent.
     """
 
     place: tuple
     leaves: frozenset
+    at: int
     x: Any
     w: Any
     y: Any
@@ -101,7 +103,7 @@ def uses_of(loss: Loss, params, numbers, every=False) -> list[Use]:
     def product(eqn, values, at, place):
         outs, x, w = jc.bind(eqn, [v.array for v in values]), values[1 - at], values[at]
         types = (jax.typeof(a) for a in (x.array, w.array, outs[0]))
-        found[place] = Use(place, w.mark.leaves, *types, bool(x.mark.leaves))
+        found[place] = Use(place, w.mark.leaves, at, *types, bool(x.mark.leaves))
         return outs
 
     def run(leaves):

@@ -1,0 +1,209 @@
+"""What other learning rules than backpropagation come to, beside it: accuracy, alignment, memory.
+
+    python examples/learning_rules.py                          # digits; a minute or two
+    python examples/learning_rules.py --data FOLDER            # Fashion-MNIST or MNIST, four files
+    python examples/learning_rules.py --method direct,pepita --seeds 1 --plot rules.png
+
+For every rule and network: test accuracy after training (mean and range over seeds; the last
+network's, none is chosen by the test images), the cosine between the rule's direction and the
+gradient of the last network on 500 training images (before that network's first step, 0.05 say, it
+tells little), and the temporary memory of one compiled direction.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from fbprop import data, learning, nn, optim, train
+
+WIDTHS = {"digits": (128, 64), "images": (256, 128)}
+CHANNELS = {"digits": (16, 32), "images": (8, 16)}
+
+
+def mlp(kind):
+    """A list of layers; parameters are a list with a part of each: paths are 0/..., 1/..., 2/..."""
+    a, b = WIDTHS[kind]
+    return [nn.sequential(nn.flatten(), nn.dense(a), nn.relu()),
+            nn.sequential(nn.dense(b), nn.relu()), nn.dense(10)]
+
+
+def convnet(kind):
+    a, b = CHANNELS[kind]
+    size, stride = (3, 1) if kind == "digits" else (5, 2)
+    return [nn.sequential(nn.conv(a, size, stride=stride), nn.relu()),
+            nn.sequential(nn.conv(b, size, stride=2), nn.relu()),
+            nn.sequential(nn.flatten(), nn.dense(10))]
+
+
+NETWORKS = {"mlp": mlp, "convnet": convnet}
+
+
+def criterion(logits, labels):
+    return nn.softmax_cross_entropy(logits, labels)
+
+
+def split(batch, *_):
+    return batch["image"], batch["label"]
+
+
+def rules(applies):
+    """Name -> (rule, learning rate, networks)."""
+    both, dense = ("mlp", "convnet"), ("mlp",)
+    back = learning.backprop()
+    lower = learning.greedy(applies, criterion, 10, rate=0.03, split=split)
+    return {
+        "backprop": (back, 1e-3, both),
+        "feedback": (learning.feedback_alignment(), 1e-3, both),
+        "sign": (learning.sign_symmetry("fixed_random"), 1e-3, both),
+        "kolen-pollack": (learning.kolen_pollack(3e-4), 1e-3, both),
+        "mirror": (learning.weight_mirror(0.1), 1e-3, both),
+        "product": (learning.product_feedback(3e-4), 1e-3, both),
+        "direct": (learning.direct_feedback_alignment(), 1e-3, both),
+        "direct-kp": (learning.direct_kolen_pollack(0.1, 3e-4), 1e-3, both),
+        "activity": (learning.activity_forward_gradient(samples=2), 3e-4, both),
+        "evolution": (learning.evolution_strategy(0.02, samples=8), 1e-3, dense),
+        "greedy": (lower, 1e-3, both),
+        "predictive": (learning.predictive_coding(
+            applies, criterion, steps=10, rate=0.2, split=split), 1e-3, both),
+        "target": (learning.difference_target_propagation(applies, criterion, split=split), 1e-3,
+                   dense),
+        "pepita": (learning.pepita(applies, criterion, split=split), 3e-4, dense),
+        "annealed": (learning.blend(learning.feedback_alignment(), optim.linear(1.0, 0.0, 300)),
+                     1e-3, both),
+        "greedy-below": (learning.by_path({"0/*": lower, "*": back}), 1e-3, both),
+        "direct-below": (learning.by_path({
+            "2/*": back, "*": learning.direct_feedback_alignment()}), 1e-3, both),
+    }
+
+
+def read(options):
+    """("digits" or "images", training set, test set)."""
+    if options.data is None:
+        return "digits", *data.digits()
+    sets = []
+    for part in ("train", "t10k"):
+        images, labels = (idx(pathlib.Path(options.data) / f"{part}-{what}-ubyte")
+                          for what in ("images-idx3", "labels-idx1"))
+        images = images[..., None].astype(np.float32) / 255
+        sets.append({"image": images, "label": labels.astype(np.int32)})
+    return "images", *sets
+
+
+def idx(path):
+    return data.read_idx(path if path.exists() else path.with_name(path.name + ".gz"))
+
+
+def trainer(name, make, kind, sets, options):
+    """seed -> (test accuracy, alignment); and bytes of temporary memory of a compiled direction."""
+    train_set, test_set = sets
+    layers = make(kind)
+    applies = [layer.apply for layer in layers]
+    method, rate, _ = rules(applies)[name]
+    n, batch = len(train_set["label"]), options.batch
+    steps = n // batch * options.epochs
+    optimizer = optim.adam(optim.cosine(rate, warmup_steps=0, total_steps=steps))
+    first, some = ({k: v[:size] for k, v in train_set.items()} for size in (batch, 500))
+
+    def logits_of(params, images):
+        for apply, p in zip(applies, params):
+            images = apply(p, images)
+        return images
+
+    def loss(params, batch, key):
+        return criterion(logits_of(params, batch["image"]), batch["label"])
+
+    def begin(key):
+        init_key, memory_key, run_key = jax.random.split(key, 3)
+        params, x = [], first["image"]
+        for layer, key in zip(layers, jax.random.split(init_key, len(layers))):
+            params.append(layer.init(key, x))
+            x = layer.apply(params[-1], x)
+        return params, method.init(memory_key, loss, params, first, run_key), run_key
+
+    start, run = jax.jit(begin), train.epoch(loss, optimizer, learning=method)
+    aligned = learning.alignment(method, loss)
+    right = train.evaluate(lambda p, b: nn.accuracy(logits_of(p, b["image"]), b["label"]), 500)
+    params, memory, key = jax.eval_shape(begin, jax.random.key(0))
+    one = jax.jit(method.value_and_grad(loss)).lower(params, first, key, memory=memory)
+
+    def trained(seed):
+        params, memory, key = start(jax.random.key(seed))
+        state = train.init(params, optimizer, key, learning=memory)
+        for k in jax.random.split(key, options.epochs):
+            order = jax.random.permutation(k, n)[:n // batch * batch]
+            state, _ = run(state, train_set, order.reshape(-1, batch))
+        found = aligned(state.params, some, key, memory=state.learning)
+        return float(right(state.params, test_set)), float(found.total)
+
+    return trained, one.compile().memory_analysis().temp_size_in_bytes
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", metavar="FOLDER", help="of MNIST's or Fashion-MNIST's four files")
+    parser.add_argument("--method", help="names, with commas; default: all")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: both")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--smoke", action="store_true", help="one epoch, one seed")
+    parser.add_argument("--plot", metavar="FILE", help="draw accuracy against alignment")
+    options = parser.parse_args()
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot draws with matplotlib, which is missing: pip install matplotlib")
+    names = list(rules([lambda p, h: h]))
+    options.method = names if options.method is None else options.method.split(",")
+    if unknown := set(options.method) - set(names):
+        parser.error(f"--method has no {sorted(unknown)[0]!r}: choose from {', '.join(names)}")
+    if options.smoke:
+        options.epochs, options.seeds = 1, 1
+    options.epochs = options.epochs or (30 if options.data is None else 3)
+    options.batch = options.batch or (32 if options.data is None else 128)
+    return options
+
+
+def plot(rows, file):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    networks = sorted({row[0] for row in rows})
+    for axes, network in zip(np.atleast_1d(figure.subplots(1, len(networks))), networks):
+        for _, name, scores, cosine in (row for row in rows if row[0] == network):
+            axes.errorbar(cosine, np.mean(scores),
+                          [[np.mean(scores) - min(scores)], [max(scores) - np.mean(scores)]],
+                          fmt="o", capsize=2)
+            axes.annotate(name, (cosine, np.mean(scores)), fontsize=7, xytext=(3, 3),
+                          textcoords="offset points")
+        axes.set(title=network, xlabel="cosine to the gradient, after training",
+                 ylabel="test accuracy")
+    figure.savefig(file, dpi=120)
+
+
+def main():
+    options, start, rows = parse_options(), time.perf_counter(), []
+    kind, *sets = read(options)
+    sets = [jax.device_put(s) for s in sets]
+    print(f"{'network':8s} {'rule':14s} {'accuracy':8s} {'range':15s} {'alignment':9s} memory")
+    for network, make in NETWORKS.items():
+        if options.network not in (None, network):
+            continue
+        for name in options.method:
+            if network not in rules([lambda p, h: h])[name][2]:
+                continue
+            trained, size = trainer(name, make, kind, sets, options)
+            scores, cosines = zip(*map(trained, range(options.seeds)))
+            rows.append((network, name, scores, np.mean(cosines)))
+            print(f"{network:8s} {name:14s} {np.mean(scores):.4f}   {min(scores):.4f}-"
+                  f"{max(scores):.4f}   {np.mean(cosines):6.3f}   {size / 2**20:7.2f} MB",
+                  flush=True)
+    print(f"{len(rows)} rows of {options.seeds} seeds after {time.perf_counter() - start:.0f} s")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
