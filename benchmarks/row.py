@@ -37,6 +37,7 @@ class Row:
       jitted: False measures un-jitted calls.
       carries: the first result is the next call's first argument, which is donated.
       places: for several devices, ``array of devices -> (shardings of inputs, of results)``.
+      loss: of a whole step, ``(params, *batch) -> scalar``.
       name, size: filled in by the table.
     """
 
@@ -49,6 +50,7 @@ class Row:
     jitted: bool = True
     carries: bool = False
     places: Callable | None = None
+    loss: Callable | None = None
     name: str = ""
     size: str = ""
 

@@ -54,7 +54,7 @@ def _row(loss, params, batch, wrap, figures):
     # Moments hold squares of gradients, and sums over a batch are added up in another order.
     figures = {"tolerance": 1e-4, **figures}
     return Row(build, (*inputs, jnp.float32(1e-3)), probe=(*inputs, jnp.float32(0)), carries=True,
-               **figures)
+               loss=loss, **figures)
 
 
 def dense_layers(draw, *sizes):
