@@ -174,20 +174,26 @@ def test_over_eight_devices():
     assert_trees_equal(watched(p, shared), watched(p, x), rtol=1e-5, atol=1e-6)
 
 
-def test_inside_shard_map():
+@pytest.mark.parametrize("tracked", [True, False])
+def test_inside_shard_map(tracked):
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     w, x = normal(0, 3, 4), normal(1, 16, 3)
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("batch")),
-        out_specs=PartitionSpec(),
+        out_specs=PartitionSpec(), check_vma=tracked,
     )
     def loss(w, x):
         return lax.pmean(jnp.mean(jnp.tanh(x @ w) ** 2), "batch")
 
-    (_, gradient), report = jax.jit(watch.value_and_grad(loss))(w, x)
+    (_, gradient), report = jax.jit(watch.value_and_grad(loss, where="*tanh"))(w, x)
     np.testing.assert_allclose(gradient, jax.grad(loss)(w, x), rtol=1e-5)
-    assert [r["primitive"] for r in report.rows()] == ["shard_map"]
+    (row,) = report.rows()
+    assert (row["steps"], row["type"]) == ([8], "float32[2,4]")
+    parts = np.split(np.tanh(x @ w), 8)
+    for which, expected in (("value", parts), ("cotangent", [2 * p / 64 for p in parts])):
+        norms = [np.linalg.norm(p) for p in expected]
+        np.testing.assert_allclose(row[which]["norm"], norms, rtol=1e-5)
 
 
 def test_arguments_as_of_value_and_grad():

@@ -267,3 +267,16 @@ def test_finite_parts_of_an_infinite_sum():
         "the first number that is not finite is inf, made by the sum of what uses of argument x "
         "give it going backward"
     )
+
+
+def test_a_shard_map_is_named_as_a_whole():
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    spec = PartitionSpec("batch")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def roots(x):
+        return jnp.sqrt(x)
+
+    _, found = watch.first_nonfinite(lambda x: jnp.sum(scope("all", roots)(x)))(jnp.arange(8.0))
+    origin = found.first()
+    assert (origin.path, origin.primitive, origin.direction) == ("all", "shard_map", "backward")

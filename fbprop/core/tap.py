@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from fbprop.core import jaxcompat as jc
 from fbprop.core.rule import Rule, Step
 
 
@@ -40,7 +41,8 @@ class Tap(Rule):
     def prepare(self, site):
         def backward(kept, extra, douts):
             (dy,) = douts
-            return [dy, *seen(dy, site.params["of"])]
+            statistics = seen(dy, site.params["of"])
+            return [dy, *(jc.varying_like(s, t) for s, t in zip(statistics, site.in_avals[1:]))]
 
         return Step((), backward)
 

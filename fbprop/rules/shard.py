@@ -40,11 +40,12 @@ def _in_mesh(site, run):
         return args
 
     specs = site.params["in_specs"]
-    jax.eval_shape(_mapped(site, body, specs, specs), *site.in_avals)
+    jax.eval_shape(mapped(site, body, specs, specs), *site.in_avals)
     return found[0]
 
 
-def _mapped(site, body, in_specs, out_specs):
+def mapped(site, body, in_specs, out_specs):
+    """A function run where the body of a ``shard_map`` runs (of a `Site`, or of an equation)."""
     params = site.params
     return jax.shard_map(
         body, mesh=params["mesh"], in_specs=tuple(in_specs), out_specs=out_specs,
@@ -71,7 +72,7 @@ def _step(both, site):
             outs, new = both.forward(*operands)
             return outs, [k[None] if r else k for k, r in zip(new, rows)]
 
-        return _mapped(site, body, in_specs, (out_specs, new_specs))(*operands)
+        return mapped(site, body, in_specs, (out_specs, new_specs))(*operands)
 
     def backward(kept, new, douts):
         def body(kept, new, douts):
@@ -86,7 +87,7 @@ def _step(both, site):
                 dins = [_collect(d, _missing(s, axes)) for d, s in zip(dins, din_specs)]
             return dins
 
-        run = _mapped(site, body, (kept_specs, new_specs, out_specs), din_specs)
+        run = mapped(site, body, (kept_specs, new_specs, out_specs), din_specs)
         dins = iter(run(list(kept), list(new), list(douts)))
         return [next(dins) if r else None for r in both.reached]
 

@@ -43,8 +43,8 @@ def value_and_grad(
     convolutions, operations, sums; of a chain in one scope (a product, its bias, an activation,
     pooling, a sum) the last one, for the others are mostly never made. What only moves numbers (a
     transpose, a look-up) is not watched, nor `jax.nn.log_softmax`, for the same reason. Of loops,
-    branches and calls the inside is watched; functions with a custom derivative, and `shard_map`,
-    as a whole.
+    branches, calls and `shard_map` the inside is watched, of the last on each device; functions
+    with a custom derivative as a whole.
 
     Args:
       fun: returns a scalar (or ``(scalar, aux)`` with ``has_aux``). It is traced: Python does not

@@ -163,7 +163,7 @@ def _besides(site, rule, step, extra, path, steps, table):
     """What a step keeps besides operands and results: the inside of a body, or what a rule says."""
     here, name = within(path, site.eqn), name_of(site.eqn, table)
     primitive = site.eqn.primitive.name
-    if primitive in BODIES and len(step.inner) == 1 and not primitive.startswith("remat"):
+    if primitive in BODIES and len(step.inner) == 1 and primitive not in ("remat2", "shard_map"):
         (both,) = step.inner
         length = (site.params["length"],) if step.slots else ()
         values, extras = tree_unflatten(both.tree, _leaves(both, step, extra))[:2]

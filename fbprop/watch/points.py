@@ -17,7 +17,9 @@ from fbprop.rules import arithmetic, elementwise
 
 EVERYTHING = "*"
 # Equations whose inside is watched in place of their results.
-BODIES = frozenset(("call", "closed_call", "cond", "core_call", "jit", "remat2", "scan"))
+BODIES = frozenset(
+    ("call", "closed_call", "cond", "core_call", "jit", "remat2", "scan", "shard_map")
+)
 # The operand's numbers, some of them, in another place or type.
 MOVES = frozenset((
     "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice",
@@ -45,7 +47,7 @@ class Point(NamedTuple):
       primitive: the equation's primitive, or the library function it is.
       line: where the user wrote it.
       shape, dtype: of the value; inside a loop, of one step's.
-      steps: lengths of the loops around it, the outermost first.
+      steps: lengths of the loops around it, the outermost first; of a `shard_map`, its devices.
       kept: bytes kept for the backward pass of the values made since the point before it, over all
         steps; what rules keep besides values is not among them: `fbprop.watch.kept` has it all.
     """
@@ -90,8 +92,7 @@ def _points(plan, path, steps, where, table, met):
         site, rule, step = decided
         here = within(path, eqn)
         if step.inner and eqn.primitive.name in BODIES:
-            length = eqn.params["length"] if eqn.primitive.name == "scan" else None
-            around = steps if length is None else (*steps, length)
+            around = (*steps, *times(eqn))
             inner = [_points(b.plan, here, around, where, table, met) for b in step.inner]
             if any(inner):
                 found[i] = inner
@@ -112,11 +113,21 @@ def _points(plan, path, steps, where, table, met):
     return found
 
 
-def _count_kept(plan, body, found, times):
+def times(eqn) -> tuple[int, ...]:
+    """How often the inside of an equation runs, each with values of its own, if not once."""
+    if eqn.primitive.name == "scan":
+        return (eqn.params["length"],)
+    if eqn.primitive.name == "shard_map":
+        shape = eqn.params["mesh"].shape
+        return (math.prod(shape[a] for a in eqn.params["newly_manual_axes"]),)
+    return ()
+
+
+def _count_kept(plan, body, found, runs):
     """Writes down at a body's points what is kept of the values made up to each."""
     kept, waiting, last = set(plan.keep), 0, None
     for i, eqn in enumerate(body.eqns):
-        waiting += times * sum(jc.nbytes(v.aval) for v in eqn.outvars if v in kept)
+        waiting += runs * sum(jc.nbytes(v.aval) for v in eqn.outvars if v in kept)
         if isinstance(found.get(i), dict) and found[i]:
             last = found[i], min(found[i])
             waiting = _add_kept(*last, waiting)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from fbprop.core import jaxcompat as jc
 from fbprop.core.tap import seen, tap
 from fbprop.rules.control import choose
+from fbprop.rules.shard import mapped
 
 
 def numbers(points, of):
@@ -131,4 +133,17 @@ def _remat(eqn, plans, operands, taps, go):
     return again(*operands, *flat)
 
 
-INSIDE = {"cond": _cond, "remat2": _remat, "scan": _scan}
+def _shard_map(eqn, plans, operands, taps, go):
+    """Each device has a row of its own of what is seen."""
+    axes = tuple(a for a in eqn.params["mesh"].axis_names if a in eqn.params["newly_manual_axes"])
+    ins, outs = list(eqn.params["in_specs"]), list(eqn.params["out_specs"])
+
+    def body(operands, taps):
+        results, found = go(plans[0], operands, jax.tree.map(lambda t: t[0], taps[0]))
+        return results, [jax.tree.map(lambda x: x[None], found)]
+
+    each = PartitionSpec(axes)
+    return mapped(eqn, body, (ins, each), (outs, each))(operands, taps)
+
+
+INSIDE = {"cond": _cond, "remat2": _remat, "scan": _scan, "shard_map": _shard_map}
