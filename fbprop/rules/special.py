@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -69,11 +70,17 @@ def _i1e(dy, x, out):
 def _random_gamma(dy, a, out, *, log_space):
     """ȳ ds/da; for logarithms of samples, s that is 0 by underflow is taken as the least float."""
     if not log_space:
-        return dy * lax.random_gamma_grad(a, out)
+        return dy * _sample_slope(a, out)
     tiny = jnp.finfo(out.dtype).tiny
     sample = lax.exp(out)
     sample = jnp.where(sample == 0, tiny, sample)
-    return dy * (lax.random_gamma_grad(a, sample) / sample)
+    return dy * (_sample_slope(a, sample) / sample)
+
+
+def _sample_slope(a, sample):
+    """JAX's ds/da; for samples that are none it holds nan as a constant, which is not one found."""
+    with jax.debug_nans(False):
+        return lax.random_gamma_grad(a, sample)
 
 
 RULES = [
