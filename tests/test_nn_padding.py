@@ -31,7 +31,7 @@ def test_losses_do_not_read_what_does_not_count(junk, dtype):
     expected = nn.softmax_cross_entropy(rows[::2], labels[::2], label_smoothing=0.1)
     expected += nn.mean_squared_error(rows[::2], targets[::2])
     for module in (fbprop, jax):
-        value, gradients = module.value_and_grad(both, (0, 1))(rows, targets)
+        value, gradients = jax.jit(module.value_and_grad(both, (0, 1)))(rows, targets)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         assert finite(gradients)
         assert all((g[1] == 0).all() and (g[::2] != 0).all() for g in gradients)

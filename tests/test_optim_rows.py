@@ -76,15 +76,19 @@ READS = {
 def test_rows_are_merged(read, stays, x64):
     table = jax.random.normal(jax.random.key(1), (11, 5, 2))
     fun = lambda t: jnp.sum(jnp.sin(read(t)) ** 2)
-    rows, expected = fbprop.grad(fun, factored=True)(table), jax.grad(fun)(table)
-    assert isinstance(rows, fbprop.Rows)
-    merged = jax.jit(lambda r: r.merged())(rows)
-    assert isinstance(merged, fbprop.Rows) == stays
-    dense = merged.dense() if stays else merged
+
+    @jax.jit
+    def both(table):
+        rows = fbprop.grad(fun, factored=True)(table)
+        assert isinstance(rows, fbprop.Rows)
+        merged = rows.merged()
+        assert isinstance(merged, fbprop.Rows) == stays
+        squares = merged.map(jnp.square).dense() if stays else merged**2  # of what met
+        return merged.dense() if stays else merged, squares, jax.grad(fun)(table)
+
+    dense, squares, expected = both(table)
     chex.assert_trees_all_close(dense, expected, rtol=1e-12, atol=1e-14)
-    if stays:  # squares of what met
-        squares = merged.map(jnp.square).dense()
-        chex.assert_trees_all_close(squares, expected**2, rtol=1e-12, atol=1e-14)
+    chex.assert_trees_all_close(squares, expected**2, rtol=1e-12, atol=1e-14)
 
 
 def test_a_step_makes_no_table_of_zeros():

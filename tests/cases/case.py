@@ -22,6 +22,8 @@ class Case:
       name: the rule's name in the table; the traced function must use it.
       fun: function of the operands, written with lax / jax.numpy.
       operands: one spec each, see below; called with a NumPy generator, they give float64.
+      evaluated: XLA computes the checks as it compiles them; False where that takes longer than
+        to make code, as it does for windows.
       plain: the same in plain code, of an operation; what JAX differentiates in its place.
       label: tells rows of the same name apart.
       at: special points: (operands, {operand index: expected cotangent for ȳ = 1}) in float64.
@@ -47,6 +49,7 @@ class Case:
     tolerance: dict = field(default_factory=dict)
     why: str = ""
     plain: Callable | None = None
+    evaluated: bool = True
 
     def __post_init__(self):
         if bool(self.tolerance) != bool(self.why):
