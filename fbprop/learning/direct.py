@@ -10,6 +10,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves, tree_map_with_path
 
 from fbprop.core import jaxcompat as jc
+from fbprop.core.opaque import held
 from fbprop.learning.learned_feedback import check_decay
 from fbprop.learning.method import Method
 from fbprop.learning.names import check_memory
@@ -124,7 +125,7 @@ def _direct(scale, recompute, learns):
                 "A method's memory belongs to one network, got none for "
                 f"{sorted(missing)[0]!r}: make it with method.init(key, loss, params, *args)."
             )
-        error = output_error(loss, params, output, has_aux, options)
+        error = output_error(loss, params, output, has_aux, options, apart=recompute)
         if recompute:
             moved = {}
 
@@ -177,13 +178,17 @@ def name_of(use: Use, loss: Loss) -> str:
     return " and ".join(loss.names[i] for i in sorted(use.leaves))
 
 
-def output_error(loss: Loss, params, output: Use, has_aux, options):
+def output_error(loss: Loss, params, output: Use, has_aux, options, apart=False):
     """The cotangent of the last product's result: only what comes after it is differentiated."""
     leaves, feedback = tree_leaves(params), dict(enumerate(tree_leaves(params)))
     seen = []
 
     def note(eqn, values, at, place):
-        outs = jc.bind(eqn, [v.array for v in values])
+        arrays = [v.array for v in values]
+        if apart:
+            # Else XLA's compiler for CPUs makes one kernel of all layers, every bias at full size.
+            arrays[1 - at] = held(arrays[1 - at], arrays[at])
+        outs = jc.bind(eqn, arrays)
         if place == output.place:
             seen.append(outs[0])
         return outs

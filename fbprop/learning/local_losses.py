@@ -86,22 +86,21 @@ def _judged(head, h):
     return h.reshape(h.shape[0], -1) @ head["kernel"] + head["bias"] if head else h
 
 
-def forward_forward(layers: Sequence[Callable], classes: int, *, threshold: float = 2.0,
+def forward_forward(layers: Sequence[Callable], classes: int, *, threshold: float = 1.0,
                     split: Callable | None = None) -> Method:
     """Two forward passes, of right and of wrong data: layers learn to be active for the right ones.
 
     A label is part of the input: the first ``classes`` numbers of x are its one-hot form. Positive
-    data have the right label, negative ones another, drawn anew. Of each layer, with goodness
-    G = mean of h² per example, its input of length 1 and as it is,
+    data have the right label, negative ones another, drawn anew. Of each layer of n cells, with
+    goodness G = Σ h² per example, its input scaled to a mean square of 1 and as it is,
 
-    d_l = ∇ mean(softplus(θ − G⁺) + softplus(G⁻ − θ)).
+    d_l = ∇ mean(softplus(θ n − G⁺) + softplus(G⁻ − θ n)).
 
     | stored | a random key |
     |---|---|
     | cost | two forward passes and the weights' products; values are kept for one layer at a time |
 
-    Source: Hinton 2022 (The forward-forward algorithm, arXiv 2212.13345), with mean in place of sum
-    in the goodness.
+    Source: Hinton 2022 (The forward-forward algorithm, arXiv 2212.13345).
 
     Args:
       layers: functions ``(params, h) -> h``, h [B, D]; parameters are a list with a part of each.
@@ -135,11 +134,12 @@ def forward_forward(layers: Sequence[Callable], classes: int, *, threshold: floa
         wrong = (y + jax.random.randint(now, y.shape, 1, classes, y.dtype)) % classes
         pair, found = [labelled(x, label, classes) for label in (y, wrong)], []
         for layer, p in zip(layers, params):
-            pair = [lax.stop_gradient(of_length_one(h)) for h in pair]
+            pair = [lax.stop_gradient(scaled(h)) for h in pair]
 
             def inside(p, pair=pair, layer=layer):
-                good, bad = (jnp.mean(jnp.square(layer(p, h)), -1) for h in pair)
-                theta = jnp.asarray(threshold, good.dtype)
+                outs = [layer(p, h) for h in pair]
+                good, bad = (jnp.sum(jnp.square(h), -1) for h in outs)
+                theta = jnp.asarray(threshold * outs[0].shape[-1], good.dtype)
                 return jnp.mean(jax.nn.softplus(theta - good) + jax.nn.softplus(bad - theta))
 
             found.append(grad(inside, **options)(p))
@@ -150,7 +150,7 @@ def forward_forward(layers: Sequence[Callable], classes: int, *, threshold: floa
 
 
 def forward_forward_scores(layers: Sequence[Callable], params, x, classes: int) -> jax.Array:
-    """The goodness of every label, [B, classes], summed over all layers but a first of several.
+    """The goodness per cell of every label, [B, classes], of all layers but the first of several.
 
     Args:
       layers, classes: as for `forward_forward`; params: a list; x: [B, D], its first ``classes``
@@ -166,7 +166,7 @@ def forward_forward_scores(layers: Sequence[Callable], params, x, classes: int) 
     def of_label(label):
         h, total = labelled(x, jnp.full(x.shape[:1], label), classes), jnp.zeros(len(x), x.dtype)
         for i, (layer, p) in enumerate(zip(layers, params)):
-            h = layer(p, of_length_one(h))
+            h = layer(p, scaled(h))
             if i or len(layers) == 1:
                 total = total + jnp.mean(jnp.square(h), -1)
         return total
@@ -184,6 +184,7 @@ def labelled(x, y, classes):
     return jnp.concatenate([jax.nn.one_hot(y, classes, dtype=x.dtype), x[:, classes:]], 1)
 
 
-def of_length_one(h):
-    length = jnp.sqrt(jnp.sum(jnp.square(h), -1, keepdims=True))
-    return h / (length + jnp.asarray(1e-4, h.dtype))
+def scaled(h):
+    """h with a mean square of 1 per example, so that its direction alone is seen above."""
+    size = jnp.sqrt(jnp.mean(jnp.square(h), -1, keepdims=True))
+    return h / (size + jnp.asarray(1e-4, h.dtype))
