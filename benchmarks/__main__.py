@@ -29,7 +29,7 @@ def arguments(argv):
     parser.add_argument("--peers", default="", metavar="NAMES",
                         help="of flax,equinox,torch,torch.compile: whole steps against these too")
     parser.add_argument("--target", metavar="NAME", help="compile for this device, which need not "
-                        "be there, and run nothing: h100 or v5e")
+                        "be there, and run nothing: h100, v5e; several: h100:8, v5e:4x4")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="rows for several "
                         "devices, on so many: what they send each other (CPUs are simulated)")
     parser.add_argument("--list", action="store_true", help="names of the rows, then stop")
@@ -69,7 +69,8 @@ def main(argv):
     from benchmarks.peers import MODULES
     from benchmarks.suite import SECONDS, compile_for, count, run, selected  # imports JAX
 
-    entries = selected(options.only, options.size, bool(options.target), options.devices)
+    devices = len(targets.devices(options.target)) if options.target else options.devices
+    entries = selected(options.only, options.size, bool(options.target), devices)
     if not entries:
         sys.exit(f"--only names a row, got {options.only!r}: see --list.")
     if unknown := set(filter(None, options.peers.split(","))) - MODULES.keys():

@@ -41,8 +41,10 @@ def adam_of(ad, params):
 
 
 def initial_moments(params):
-    """The leaves that `adam_of` starts from."""
-    return jax.tree.leaves(fbprop.optim.scale_by_adam().init(params))
+    """The leaves that `adam_of` starts from; of shapes and dtypes, theirs."""
+    init = fbprop.optim.scale_by_adam().init
+    abstract = any(isinstance(p, jax.ShapeDtypeStruct) for p in jax.tree.leaves(params))
+    return jax.tree.leaves(jax.eval_shape(init, params) if abstract else init(params))
 
 
 def scale_by_adam():

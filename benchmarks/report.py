@@ -75,6 +75,8 @@ def line(r: dict) -> str:
     """One record as a line of the table."""
     special = _special(r)
     columns, cells = (special.COLUMNS, special.cells) if special else (COLUMNS, _cells)
+    if special is sharded and "target" in r:
+        columns = sharded.TARGET_COLUMNS
     if "error" in r:
         return f"{_line({k: r[k] for k in LEFT}, columns).rstrip()}  FAILED {r['error']}"
     return _line(cells(r), columns)

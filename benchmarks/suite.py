@@ -37,7 +37,7 @@ def selected(only: str, size: str, accelerator: bool = False, devices: int = 1):
         e for e in entries(size)
         if any(e.name == p[1:] if p.startswith("=") else p in e.name for p in patterns)
         and (accelerator or not e.accelerator)
-        and (e.devices == 1 if devices == 1 else 1 < e.devices <= devices)
+        and (e.devices == devices if accelerator or devices == 1 else 1 < e.devices <= devices)
     ]
 
 
@@ -51,23 +51,31 @@ def run(chosen, seconds, clock, peers, write) -> int:
 
 
 def compile_for(target: str, chosen, write) -> int:
-    """Compile rows for a device that need not be there; as `run`, without a run."""
-    on = targets.device(target)
-    source = {"target": target, **machine.provenance(), "device": targets.TARGETS[target].device,
-              "platform": on.platform, "compiler": targets.compiler(target)}
+    """Compile rows for devices that need not be there; as `run`, without a run."""
+    on, *others = targets.devices(target)
+    name = targets.TARGETS[targets.kind(target)].device
+    source = {"target": target, **machine.provenance(), "device": name, "platform": on.platform,
+              "compiler": targets.compiler(target)}
+    if others:
+        source["devices"] = 1 + len(others)
     print(f"compiled for {source['device']}, jax {jax.__version__}, {source['compiler']}, commit "
           f"{source['commit']}; Adam in whole steps: fbprop's, against {adam.described()}")
     print("fbprop / other, below 1 fbprop wins; see benchmarks/README.md\n")
 
     def compiled_records(entry):
         try:
+            if others:
+                found = spread.measure(entry.row(), fbprop, jax, np.array([on, *others]), run=False)
+                yield spread_report.record(found, entry.kind, source)
+                return
             measured = compiled.measure(entry.row(), fbprop, jax, on)
             yield compiled_report.record(measured, entry.kind, source)
         except Exception as error:
             yield report.failure(entry, "jax", error, source)
 
     chosen = [e for e in chosen if e.kind != "cost"]  # those are about running
-    return _table(chosen, compiled_records, write, compiled_report.COLUMNS)
+    columns = spread_report.TARGET_COLUMNS if others else compiled_report.COLUMNS
+    return _table(chosen, compiled_records, write, columns)
 
 
 def count(devices: int, chosen, write) -> int:

@@ -138,7 +138,7 @@ def test_a_record_fills_the_table_survives_json_and_compares():
 
 
 def test_the_command_prints_means_and_the_exit_status(monkeypatch, capsys, here):
-    monkeypatch.setattr(targets, "device", lambda name: here)
+    monkeypatch.setattr(targets, "devices", lambda name: [here])
     monkeypatch.setattr(targets, "compiler", lambda name: "xla 1")
     chosen = [e for e in entries("smoke") if e.name in ("where", "mlp_eager")]
     written = []
@@ -156,7 +156,8 @@ def test_rows_at_an_accelerators_sizes_are_only_compiled():
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    with pytest.raises(SystemExit, match=r"--target is one of h100, v5e, got 'h200'\."):
+    names = "h100, v5e, v5e:4x4, h100:8"
+    with pytest.raises(SystemExit, match=rf"--target is one of {names}, got 'h200'\."):
         targets.prepare("h200")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"got no module libtpu: pip install '\.\[target-v5e\]'"):

@@ -8,7 +8,9 @@ import jax
 
 from benchmarks.meter import Disagreement, relative_difference
 from benchmarks.row import Row
-from benchmarks.sharded.collectives import collectives
+from benchmarks.sharded.collectives import collectives, with_trips
+from benchmarks.sharded.estimate import received_bytes
+from benchmarks.targets import kernels
 
 
 @dataclass
@@ -21,6 +23,8 @@ class Spread:
       temp_bytes: temporary memory of a device.
       kinds: of each program, {kind of collective: how many}.
       agreement: largest relative difference of the results; None if nothing was run.
+      chip_bytes: of a target, memory of a device: arguments, results and temporary.
+      moved_bytes, received_bytes: of a target, to and from memory, and from other devices.
     """
 
     row: Row
@@ -29,7 +33,10 @@ class Spread:
     sent_bytes: tuple
     temp_bytes: tuple
     kinds: tuple
-    agreement: float | None
+    agreement: float | None = None
+    chip_bytes: tuple | None = None
+    moved_bytes: tuple | None = None
+    received_bytes: tuple | None = None
 
 
 def measure(row: Row, ours, theirs, devices, run: bool = True) -> Spread:
@@ -44,8 +51,21 @@ def measure(row: Row, ours, theirs, devices, run: bool = True) -> Spread:
         count, sizes = collectives(each.as_text())
         memory = each.memory_analysis().temp_size_in_bytes
         figures.append((count.total(), sizes.total(), memory, dict(count)))
-    agreement = _agreement(row, programs, devices) if run else None
-    return Spread(row, "jax", *zip(*figures), agreement)
+    found = Spread(row, "jax", *zip(*figures))
+    if run:
+        found.agreement = _agreement(row, programs, devices)
+    else:
+        texts = [each.as_text() for each in programs]
+        found.chip_bytes = tuple(_memory(each.memory_analysis()) for each in programs)
+        found.moved_bytes = tuple(kernels.count(with_trips(text)).bytes for text in texts)
+        found.received_bytes = tuple(received_bytes(text, devices.size) for text in texts)
+    return found
+
+
+def _memory(told):
+    """Of a device; what is donated counts once."""
+    return (told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+            + told.temp_size_in_bytes)
 
 
 def program(row: Row, ad, devices):

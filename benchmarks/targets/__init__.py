@@ -50,14 +50,26 @@ TARGETS = {
 }
 
 
+# Several devices of a kind: what else is said to XLA, by the name after the colon.
+SEVERAL = {
+    "v5e:4x4": {"topology_name": "v5e:4x4"},
+    "h100:8": {"topology": "1x1x8"},
+}
+
+
+def kind(name: str) -> str:
+    """The device of a target: of several, that of each."""
+    return name.partition(":")[0]
+
+
 def prepare(name: str) -> None:
     """Set the environment for a target, before JAX is imported.
 
     Exits with a sentence if there is no such target or its compiler is not installed.
     """
-    if name not in TARGETS:
-        sys.exit(f"--target is one of {', '.join(TARGETS)}, got {name!r}.")
-    target = TARGETS[name]
+    if name not in (*TARGETS, *SEVERAL):
+        sys.exit(f"--target is one of {', '.join((*TARGETS, *SEVERAL))}, got {name!r}.")
+    target = TARGETS[kind(name)]
     if importlib.util.find_spec(target.module) is None:
         sys.exit(f"--target {name} needs XLA's compiler for the {target.device}, got no module "
                  f"{target.module}: pip install '.[{target.extra}]'.")
@@ -65,14 +77,16 @@ def prepare(name: str) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {target.flags}".strip()
 
 
-def device(name: str):
-    """The first device of a target, to compile for; see `prepare`."""
+def devices(name: str) -> list:
+    """The devices of a target, to compile for; see `prepare`. Of a single one, the first."""
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(**TARGETS[name].topology).devices[0]
+    several = SEVERAL.get(name, {})
+    found = topologies.get_topology_desc(**{**TARGETS[kind(name)].topology, **several}).devices
+    return found if several else found[:1]
 
 
 def compiler(name: str) -> str:
     """Package and version of what compiles for a target."""
-    package = TARGETS[name].package
+    package = TARGETS[kind(name)].package
     return f"{package} {importlib.metadata.version(package)}"
