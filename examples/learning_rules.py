@@ -78,7 +78,7 @@ def rules(applies):
         "product": (learning.product_feedback(3e-4), 1e-3, both),
         "direct": (learning.direct_feedback_alignment(), 1e-3, both),
         "direct-kp": (learning.direct_kolen_pollack(0.1, 3e-4), 1e-3, both),
-        "activity": (learning.activity_forward_gradient(samples=2), 3e-4, both),
+        "activity": (learning.activity_forward_gradient(per_example=0), 1e-3, both),
         "evolution": (learning.evolution_strategy(0.02, samples=8), 1e-3, dense),
         "greedy": (lower, 1e-3, both),
         "predictive": (learning.predictive_coding(

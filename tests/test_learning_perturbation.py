@@ -126,3 +126,29 @@ def test_auxiliary_results_and_errors():
         learning.evolution_strategy(0)
     with pytest.raises(ValueError, match="got sigma=0.01, rank=0 expected"):
         learning.evolution_strategy(rank=0)
+
+
+def test_noise_of_each_examples_own_has_less_variance(x64):
+    """Its mean over keys is the gradient; of 16 examples the variance is an eighth or less."""
+    x = DRAW.normal(size=(16, 3))
+
+    def mean_loss(params, batch, key):
+        y = jnp.tanh(batch["x"] @ params["a"] + params["c"]) @ params["z"]
+        y, _ = jax.lax.scan(lambda y, _: (jnp.sin(y @ params["h"]), None), y, None, length=2)
+        return jnp.mean(y**2)
+
+    gradient, errors = fbprop.grad(mean_loss)(PARAMS, {"x": x}, KEY), []
+    for which in (None, 0):
+        method = learning.activity_forward_gradient(per_example=which)
+        run = lambda key: method.value_and_grad(mean_loss)(PARAMS, {"x": x}, KEY, memory=key)[0]
+        values, found = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 4000))
+        np.testing.assert_allclose(values, mean_loss(PARAMS, {"x": x}, KEY))
+        spread = jax.tree.map(lambda d: np.std(d, 0), found)
+        jax.tree.map(lambda d, g, s: np.testing.assert_array_less(
+            np.abs(np.mean(d, 0) - g), 5 * s / np.sqrt(4000)), found, gradient, spread)
+        errors.append(dot(spread, spread))
+    assert errors[1] < errors[0] / 8
+
+    method = learning.activity_forward_gradient(per_example=0)
+    with pytest.raises(ValueError, match="leave per_example out"):
+        method.value_and_grad(lambda p, x: jnp.mean((p["a"].T @ x.T) ** 2))(PARAMS, x, memory=KEY)
