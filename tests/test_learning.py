@@ -382,6 +382,26 @@ def test_alignment_is_cosine_and_ratio(x64):
     assert_close(found.total, flat[0] @ flat[1] / norm(flat[0]) / norm(flat[1]))
 
 
+def test_a_learned_first_state_is_no_weight_and_one_carried_along_is():
+    def loss(params, x):
+        def step(carry, x):
+            h, u = carry
+            return (jnp.tanh(x + h @ u), u), None
+
+        (h, _), _ = lax.scan(step, (params["h"], params["u"]), x)
+        return jnp.sum(h @ params["z"])
+
+    params = {"h": jnp.full((1, 3), 0.1), "u": jnp.eye(3), "z": jnp.ones((3, 2))}
+    method, x = learning.feedback_alignment(), jnp.full((4, 1, 3), 0.1)
+    memory = method.init(jax.random.key(0), loss, params, x)
+    assert set(memory) == {"u", "z"}
+    (_, direction), _ = method.value_and_grad(loss)(params, x, memory=memory)
+    (_, own), _ = OWN.value_and_grad(loss)(params, x, memory=dict.fromkeys(memory, ()))
+    gradient = fbprop.grad(loss)(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), own, gradient)
+    assert np.max(np.abs(direction["h"] - gradient["h"])) > 1e-3
+
+
 def test_operations_with_weights_inside_are_taken_apart():
     def loss(params, x, labels):
         h = ops.dense(x, params["a"], params["c"], activation="gelu")

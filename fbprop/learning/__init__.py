@@ -2,6 +2,15 @@
 
 A rule is data, as an optimiser is: `Method.init` makes its memory from a key, an explicit pytree,
 `Method.value_and_grad` gives value and update direction, and some learn by `Method.update`.
+
+* Feedback through other weights: `feedback_alignment`, `sign_symmetry`, `kolen_pollack`,
+  `weight_mirror`, `product_feedback`; straight from the output: `direct_feedback_alignment`,
+  `direct_kolen_pollack`. Of any network, whatever package wrote it.
+* No way back: `forward_gradient`, `activity_forward_gradient`, `evolution_strategy`.
+* One layer at a time, of a list of layers: `greedy`, `forward_forward`, `pepita`,
+  `difference_target_propagation`, `predictive_coding`; of an energy: `equilibrium_propagation`.
+* Hybrids: `by_path`, `blend`. How good a direction is: `alignment`.
+* Derivatives of steps, signs and rounding: `surrogate`, `step`, `one_hot_argmax`.
 """
 
 from fbprop.learning.activity import activity_forward_gradient

@@ -161,6 +161,7 @@ class Trace:
         p, (n_consts, n_carry) = eqn.params, jc.scan_sizes(eqn.params)
         consts, xs = values[:n_consts], values[n_consts + n_carry :]
         carry = values[n_consts : n_consts + n_carry]
+        carry = [*map(_entering, carry, _changed(p["jaxpr"], n_consts, n_carry))]
         run = self.inside(p["jaxpr"], (*place, LOOP))
 
         def body(carry, xs):
@@ -203,6 +204,18 @@ def _call(eqn, values, run):
         ]
 
     return put(run(put(values, eqn.params["in_shardings"])), eqn.params["out_shardings"])
+
+
+def _changed(jaxpr, n_consts, n_carry):
+    """Per carried value whether a step makes another of it, rather than hand it on."""
+    body = jc.open_jaxpr(jaxpr)
+    before = body.invars[n_consts : n_consts + n_carry]
+    return [o is not v and jc.differentiable(v.aval) for o, v in zip(body.outvars, before)]
+
+
+def _entering(value, changed):
+    """What a loop changes is data, from the start: a learned first state is no weight."""
+    return value.marked(Mark("data", value.mark.leaves)) if changed else value
 
 
 def _first(x):
