@@ -106,8 +106,8 @@ def test_how_many_take_part(groups, n):
 
 def test_an_estimate_is_the_slowest_part_and_what_is_sent():
     rates = estimate.Rates(flops=8.0, memory=2.0, link=4.0, capacity=100)
-    assert estimate.seconds(rates, flops=6.0, moved=1.0, received=8.0) == 1.0 + 2.0
-    assert estimate.seconds(rates, flops=6.0, moved=6.0, received=0.0) == 3.0
+    assert estimate.seconds(rates, flops=6.0, memory=0.5, received=8.0) == 1.0 + 2.0
+    assert estimate.seconds(rates, flops=6.0, memory=3.0, received=0.0) == 3.0
 
 
 def test_a_target_of_several_says_memory_time_and_share():
@@ -115,7 +115,7 @@ def test_a_target_of_several_says_memory_time_and_share():
                "kinds": ({"all-gather": 3},) * 2}
     big = sharded.Row(None, (), name="big", size="data16", flops=16 * 197e12 * 6 / 8)
     measured = compiled.Spread(big, "jax", **figures, chip_bytes=(2 * 10**9, 10**9),
-                               moved_bytes=(0, 0), received_bytes=(200 * 10**9, 0))
+                               received_bytes=(200 * 10**9, 0))
     source = {"target": "v5e:4x4", "devices": 16}
     one = json.loads(json.dumps(lines.record(measured, "sharded", source)))
     assert one["seconds"] == pytest.approx([2.0, 1.0])

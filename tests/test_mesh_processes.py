@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from mesh_nursery import Nursery, free_port
 
 from fbprop import mesh
+from fbprop.mesh.start import missing
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,14 @@ def test_mistakes(arguments, error, match):
     jax.devices()
     with pytest.raises(error, match=match):
         mesh.start(*arguments)
+
+
+def test_who_is_missing_is_said_as_far_as_one_can_know():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        assert missing(address, 1) == f"some of the others, while process 0 at {address} is there"
+        assert missing(address, 0) == missing(None, None) == "some of the others"
+    assert missing(address, 1).startswith(f"process 0 at {address} (")
 
 
 TWICE = f"127.0.0.1:{free_port()}", 1, 0

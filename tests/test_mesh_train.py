@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fbprop import mesh, nn, optim, train
+from fbprop.mesh.feed import Feed
 
 RANDOM = np.random.RandomState(0)
 X = RANDOM.normal(size=(48, 12)).astype(np.float32)
@@ -191,6 +192,8 @@ def test_runs_on_batches():
     (lambda: runs(FULLY, batch_size=12, held_out=DATA), ValueError,
      r"equally many examples, got a batch of 12 for axes \('data', 'model'\) of 8 devices"),
     (lambda: mesh.feed(X[:3], devices()), ValueError, "a batch of 3 for axes .'data',. of 4 dev"),
+    (lambda: Feed(devices(), mesh.replicated()).check_part(3, 2), ValueError,
+     "equally many examples, got 3 in process 0 for 2 parts, expected a multiple of 2"),
     (lambda: train.step(loss, optim.sgd(0.1), mesh=devices())(
         begin(optim.sgd(0.1), mesh.replicated()), jax.tree.map(lambda x: x[:6], DATA)),
      ValueError, "got a batch of 6 .* expected a multiple of 4"),

@@ -8,9 +8,8 @@ import jax
 
 from benchmarks.meter import Disagreement, relative_difference
 from benchmarks.row import Row
-from benchmarks.sharded.collectives import collectives, with_trips
+from benchmarks.sharded.collectives import collectives
 from benchmarks.sharded.estimate import received_bytes
-from benchmarks.targets import kernels
 
 
 @dataclass
@@ -24,7 +23,7 @@ class Spread:
       kinds: of each program, {kind of collective: how many}.
       agreement: largest relative difference of the results; None if nothing was run.
       chip_bytes: of a target, memory of a device: arguments, results and temporary.
-      moved_bytes, received_bytes: of a target, to and from memory, and from other devices.
+      received_bytes: of a target, by a device from others.
     """
 
     row: Row
@@ -35,7 +34,6 @@ class Spread:
     kinds: tuple
     agreement: float | None = None
     chip_bytes: tuple | None = None
-    moved_bytes: tuple | None = None
     received_bytes: tuple | None = None
 
 
@@ -57,7 +55,6 @@ def measure(row: Row, ours, theirs, devices, run: bool = True) -> Spread:
     else:
         texts = [each.as_text() for each in programs]
         found.chip_bytes = tuple(_memory(each.memory_analysis()) for each in programs)
-        found.moved_bytes = tuple(kernels.count(with_trips(text)).bytes for text in texts)
         found.received_bytes = tuple(received_bytes(text, devices.size) for text in texts)
     return found
 

@@ -1,11 +1,12 @@
 """What a step takes at the devices' published rates: arithmetic, memory, links.
 
-    seconds = max(8/6 flops / peak, bytes moved / memory rate) + bytes received / link rate
+    seconds = max(8/6 flops / peak, 2 bytes of memory / memory rate) + bytes received / link rate
 
 ``flops`` are the model's, 6 per weight and token and 12 T D per layer and token in attention; the
-program does 8/6 of them, because each block's forward pass is computed again. Kernels are taken to
-run at peak and collectives not to overlap with them: the first is better than any device does, the
-second worse. Utilisation is flops / seconds / peak.
+program does 8/6 of them, because each block's forward pass is computed again. All of a device's
+memory that the program takes is written and read once, at least. Kernels are taken to run at peak
+and collectives not to overlap with them: the first is better than any device does, the second
+worse. Utilisation is flops / seconds / peak.
 """
 
 from __future__ import annotations
@@ -64,6 +65,6 @@ def group_size(attributes: str, devices: int) -> int:
     return devices
 
 
-def seconds(rates: Rates, flops: float, moved: float, received: float) -> float:
+def seconds(rates: Rates, flops: float, memory: float, received: float) -> float:
     """Of one device; see above."""
-    return max(8 / 6 * flops / rates.flops, moved / rates.memory) + received / rates.link
+    return max(8 / 6 * flops / rates.flops, 2 * memory / rates.memory) + received / rates.link

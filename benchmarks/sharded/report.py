@@ -33,12 +33,12 @@ def _estimates(measured, source) -> dict:
     if measured.chip_bytes is None:
         return {}
     rates, flops = RATES[kind_of(source["target"])], measured.row.flops / source["devices"]
-    times = [seconds(rates, flops, moved, received)
-             for moved, received in zip(measured.moved_bytes, measured.received_bytes)]
+    times = [seconds(rates, flops, memory, received)
+             for memory, received in zip(measured.chip_bytes, measured.received_bytes)]
     return {
         "chip_bytes": measured.chip_bytes, "room_bytes": rates.capacity - measured.chip_bytes[0],
-        "moved_bytes": measured.moved_bytes, "received_bytes": measured.received_bytes,
-        "seconds": times, "utilisation": [flops / t / rates.flops for t in times],
+        "received_bytes": measured.received_bytes, "seconds": times,
+        "utilisation": [flops / t / rates.flops for t in times],
     }
 
 

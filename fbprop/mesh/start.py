@@ -52,7 +52,7 @@ def start(coordinator: str | None = None, processes: int | None = None,
     if joining.is_alive():
         raise TimeoutError(
             f"All processes meet at the coordinator, got no answer after {timeout} s from "
-            f"{_missing(coordinator, process)}; expected {processes or 'all'} of them: start each "
+            f"{missing(coordinator, process)}; expected {processes or 'all'} of them: start each "
             "with the same address and another number, and see that its port is open."
         )
     if failed:
@@ -97,7 +97,7 @@ def _host(coordinator: str) -> str:
     return host if port.isdigit() else ""
 
 
-def _missing(coordinator, process) -> str:
+def missing(coordinator, process) -> str:
     """Who does not answer, as far as one can know."""
     if coordinator is None or process == 0:
         return "some of the others"
