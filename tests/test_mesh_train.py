@@ -1,13 +1,18 @@
 """Training on 8 simulated devices: as on one, with every part where its layout says."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import fbprop
+from benchmarks.sharded.collectives import collectives
 from fbprop import mesh, nn, optim, train
 from fbprop.mesh.feed import Feed
+from fbprop.mesh.layouts import automatic
 
 RANDOM = np.random.RandomState(0)
 X = RANDOM.normal(size=(48, 12)).astype(np.float32)
@@ -139,6 +144,40 @@ def test_a_language_model_whose_table_gets_rows():
     np.testing.assert_allclose(language_losses(where), expected, rtol=1e-5)
 
 
+def norm_of_parts(parts, sharding=None):
+    """Value, running statistics and gradient of batch norm by parts, and how much is sent."""
+    layer = nn.batch_norm(parts=parts)
+    x = jnp.asarray(X[:, :8].reshape(16, 3, 8))
+    params, state = layer.init(jax.random.key(0), x), layer.init_state(x)
+
+    def loss(x):
+        y, new = layer.apply(params, x, train=True, state=state)
+        return jnp.sum(jnp.sin(y)), (y, new)
+
+    run = jax.jit(fbprop.grad(loss, has_aux=True))
+    program = run.lower(x if sharding is None else jax.device_put(x, sharding)).compile()
+    put = jax.device_put(x, sharding)
+    return program(put), collectives(program.as_text())[0].total()
+
+
+def test_batch_norm_is_the_global_batchs_unless_told_otherwise():
+    by_data = NamedSharding(automatic(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])),
+                            P("data"))
+    (found, sent), (found_by_parts, sent_by_parts) = (norm_of_parts(n, by_data) for n in (1, 4))
+    (expected, _), (expected_by_parts, _) = (norm_of_parts(n) for n in (1, 4))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(found_by_parts, expected_by_parts, rtol=1e-5, atol=1e-6)
+    # Its running statistics are the only thing that devices tell each other.
+    assert sent_by_parts <= 2 < sent
+    alone, x = nn.batch_norm(), jnp.asarray(X[:, :8].reshape(16, 3, 8))
+    params, state = alone.init(jax.random.key(0), x), alone.init_state(x)
+    ys, news = zip(*(alone.apply(params, x[i:i + 4], train=True, state=state)
+                     for i in (0, 4, 8, 12)))
+    _, (y, new) = expected_by_parts
+    chex.assert_trees_all_close(y, jnp.concatenate(ys), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(new, jax.tree.map(lambda *s: sum(s) / 4, *news), rtol=1e-6)
+
+
 def runs(where, data=DATA, **options):
     def metric(params, batch, state):
         y, _ = NET.apply(params, batch["x"], state=state)
@@ -192,6 +231,7 @@ def test_runs_on_batches():
     (lambda: runs(FULLY, batch_size=12, held_out=DATA), ValueError,
      r"equally many examples, got a batch of 12 for axes \('data', 'model'\) of 8 devices"),
     (lambda: mesh.feed(X[:3], devices()), ValueError, "a batch of 3 for axes .'data',. of 4 dev"),
+    (lambda: norm_of_parts(5), ValueError, "equal parts, got 16 examples expected a multiple of p"),
     (lambda: Feed(devices(), mesh.replicated()).check_part(3, 2), ValueError,
      "equally many examples, got 3 in process 0 for 2 parts, expected a multiple of 2"),
     (lambda: train.step(loss, optim.sgd(0.1), mesh=devices())(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -100,7 +101,7 @@ def group_norm(groups: int = 32, *, epsilon: float = 1e-5, scale: bool = True, b
     return Layer(_affine_init(scale, bias, dtype), apply, name)
 
 
-def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
+def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None, parts: int = 1,
                scale: bool = True, bias: bool = True, dtype=jnp.float32,
                name: str = "batch_norm") -> Layer:
     """(x − mean) / sqrt(variance + epsilon) · scale + bias, over all dimensions but the last.
@@ -120,11 +121,14 @@ def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
       epsilon: added to the variance.
       axis_name: of the mapped axis (`jax.shard_map`, `jax.vmap`), or several, over whose parts of
         equal size the statistics are averaged; None: each part has its own.
+      parts: into how many equal parts the batch is cut, each standardised by statistics of its own,
+        of which the running ones take the mean (Hoffer et al. 2017, "ghost" batches). On a mesh
+        the batch is all devices'; with as many parts as devices share it, they send nothing.
       scale, bias: whether there is one.
       dtype: of the parameters.
 
     Raises:
-      ValueError: momentum out of range; `apply` without a state.
+      ValueError: momentum out of range; `apply` without a state; a batch that parts do not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -150,7 +154,8 @@ def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
 
     def apply(params, x, *, train, state):
         if train and axis_name is None:
-            y, mean, variance = ops.batch_norm(*_with_affine(name, params, x), epsilon=epsilon)
+            x, scale, bias = _with_affine(name, params, x)
+            y, mean, variance = _by_parts(name, parts, x, scale, bias, epsilon)
             return y, _all_moved(state, mean, variance, momentum)
         wide = at_least_float32(x)
         mean, variance = _shared_statistics(wide, axis_name) if train else (
@@ -160,6 +165,20 @@ def batch_norm(*, momentum: float = 0.9, epsilon: float = 1e-5, axis_name=None,
         return _affine(name, params, y.astype(x.dtype)), state
 
     return Layer(_affine_init(scale, bias, dtype), apply, name, init_state)
+
+
+def _by_parts(name, parts, x, scale, bias, epsilon):
+    """`fbprop.ops.batch_norm` of each part of a batch; means of the parts' statistics."""
+    if parts == 1:
+        return ops.batch_norm(x, scale, bias, epsilon=epsilon)
+    if x.shape[0] % parts:
+        raise ValueError(
+            f"Layer {name!r} cuts the batch into equal parts, got {x.shape[0]} examples expected a "
+            f"multiple of parts={parts}."
+        )
+    each = x.reshape(parts, -1, *x.shape[1:])
+    y, mean, variance = jax.vmap(lambda x: ops.batch_norm(x, scale, bias, epsilon=epsilon))(each)
+    return y.reshape(x.shape), jnp.mean(mean, axis=0), jnp.mean(variance, axis=0)
 
 
 def _shared_statistics(x, axis_name):
