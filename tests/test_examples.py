@@ -257,3 +257,11 @@ def test_learning_rules_smoke(tmp_path):
     assert all(float(low) == float(mean) == float(high) for _, mean, low, high, *_ in rows)
     assert re.search(r"^2 rows of 1 seeds after \d+ s$", out, re.M)
     assert picture.stat().st_size > 5000
+
+
+def test_watching_makes_a_page(tmp_path):
+    page = tmp_path / "page.html"
+    result = run(EXAMPLES / "watching.py", "--epochs", "1", "--bias", "-9", "--out", page)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^test accuracy 0\.\d{4}; see .*page.html$", result.stdout, re.M)
+    assert "digits/relu_2/jax.nn.relu: 100% of its values are 0" in page.read_text("utf-8")

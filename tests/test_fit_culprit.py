@@ -101,6 +101,12 @@ def test_a_state_that_was_given_is_found_again_in_a_checkpoint(tmp_path):
     assert error.operation.operands[1][0] == "float16[]"
 
 
+def test_on_a_mesh():
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    error = failing(dividing, mesh=mesh, steps_per_dispatch=4)
+    assert (error.step, error.operation.primitive) == (15, "div")
+
+
 def test_batches_that_do_not_come_again_are_not_asked_for():
     batches = ({k: v[:4] for k, v in DATA.items()} for _ in range(40))
     error = failing(dividing, data=batches, batch_size=None, epochs=None, steps=40)

@@ -64,6 +64,19 @@ def test_batches_in_pieces_stacked_dispatches_and_a_loss_scale():
     assert row["watch"]["network"]["points"][0]["shape"] == [4, 4]
 
 
+def test_on_a_mesh():
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    looks = [
+        fit(epochs=1, watch=watch.every(3, of=[watch.norm]), **where).history[0]["watch"]["seen"]
+        for where in ({}, {"mesh": mesh})
+    ]
+    assert [look["step"] for look in looks[1]] == [3, 6]
+    for a, b in zip(*looks):
+        for part in ("value", "cotangent"):
+            norms = [[point["norm"] for point in look[part]] for look in (a, b)]
+            np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
 def test_an_infinite_statistic_is_written_as_none(tmp_path):
     def huge(x):
         return jnp.where(jnp.sum(x) > 1e9, 0.0, jnp.inf)

@@ -269,6 +269,24 @@ def test_finite_parts_of_an_infinite_sum():
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_a_table(dtype):
+    """Rows that are finite each, and not together; and a row that is not."""
+    def loss(table, at, scale):
+        return jnp.sum(scope("take", lambda t: t[at])(table) * scale)
+
+    watched = jax.jit(watch.first_nonfinite(loss))
+    top = jnp.finfo(dtype).max
+    table, at = jnp.zeros((50, 2), dtype), jnp.array([3, 7, 3])
+    (_, gradient), found = watched(table, at, jnp.full((3, 2), top * jnp.asarray(0.9, dtype)))
+    assert np.isinf(gradient[3]).all()
+    assert found
+    (_, gradient), found = watched(table, at, jnp.full((3, 2), top * jnp.asarray(0.4, dtype)))
+    assert np.isfinite(gradient).all()
+    assert not found
+    assert gradient.shape == (50, 2)
+
+
 def test_a_shard_map_is_named_as_a_whole():
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     spec = PartitionSpec("batch")

@@ -90,8 +90,8 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
         without yields its own part of each batch (`fbprop.mesh.feed`).
       watch: how often to look at what flows, forward and backward: a number of steps, or
         `fbprop.watch.every`. A look is one more gradient, of the last batch (of its first piece) at
-        the parameters after it, under the loss scale; it stands in its round's row, for
-        `fbprop.watch.page`. None: never.
+        the parameters after it, under the loss scale, by backpropagation also where ``learning`` is
+        another rule; it stands in its round's row, for `fbprop.watch.page`. None: never.
 
     Returns:
       A `Fit`.

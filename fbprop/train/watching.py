@@ -34,6 +34,7 @@ class Watching:
 
     def __init__(self, plan: watch.Every, steps):
         self.plan, self.pending, self.seen, self.described = plan, None, [], False
+        self.place = steps.place
         self.pieces = steps.options.get("accumulate", 1)
         self.engine = {k: steps.options[k] for k in ("rules", "fallback") if k in steps.options}
         self.at = loss_at(
@@ -44,7 +45,8 @@ class Watching:
     def _report(self, state, batch, key):
         loss, params = self.at(state, key)
         options = {"where": self.plan.where, "of": self.plan.of, "has_aux": True}
-        return watch.value_and_grad(loss, **options, **self.engine)(params, batch)[1]
+        _, report = watch.value_and_grad(loss, **options, **self.engine)(params, batch)
+        return self.place.result(state, report)[1]
 
     def rhythm(self, rhythm):
         """A feed's rhythm, with an end of a dispatch for every look."""

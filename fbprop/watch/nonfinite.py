@@ -16,6 +16,7 @@ from jax.tree_util import tree_leaves
 from fbprop import rules as _rules
 from fbprop.core import jaxcompat as jc
 from fbprop.core.arguments import indices, positions
+from fbprop.core.factored import Rows, dense
 from fbprop.core.table import Table
 from fbprop.core.tap import TAP
 from fbprop.reverse import value_and_grad, vjp
@@ -130,12 +131,15 @@ def first_nonfinite(
       ('inf', 'backward', 'head', 'sqrt', (('float32[3]', 0.0, 0.6931...),))
     """
     numbers, _ = indices(argnums)
-    both_of = value_and_grad(fun, argnums, has_aux, rules=rules, fallback=fallback)
+    both_of = value_and_grad(
+        fun, argnums, has_aux, rules=rules, fallback=fallback, factored=Rows
+    )
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def value_gradient_and_first(*args, **kwargs):
         value, gradient = both_of(*args, **kwargs)
         ok = _finite(value[0] if has_aux else value, gradient)
+        gradient = dense(gradient)
         if not isinstance(ok, jax.core.Tracer) and bool(ok):
             return (value, gradient), NonFinite(None, None)
         chosen = list(dict.fromkeys(positions(numbers, args)))
@@ -153,7 +157,13 @@ def first_nonfinite(
 
 def _finite(value, gradient):
     """Whether all numbers are, by their sum of squares: that of huge ones is not, and costs a run
-    that finds nothing. The largest would take twice as long."""
+    that finds nothing. The largest would take twice as long. Of a table that is 0 but for a few
+    rows these are enough: float16 apart, what adds up to infinity has squares that are."""
+    gradient = jax.tree.map(
+        lambda g: g.values if isinstance(g, Rows) and g.dtype != jnp.float16 else g,
+        gradient, is_leaf=lambda g: isinstance(g, Rows),
+    )
+    gradient = dense(gradient)
     floating = [x for x in tree_leaves((value, gradient)) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.isfinite(jnp.stack([_squares(x) for x in floating])))
 
