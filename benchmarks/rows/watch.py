@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import fbprop
-from benchmarks.row import Row, entries, row
+from benchmarks.row import SIZES, Row, entries, row
 from benchmarks.rows import image_steps, other_steps, sequence_steps, steps  # noqa: F401  (rows)
 from fbprop import watch
 
@@ -58,7 +58,7 @@ def _named(name, make, kind):
     return made
 
 
-for _size in ("small", "full"):
+for _size in SIZES:
     for _entry in entries(_size):
         if _entry.name.endswith("_step") and not _entry.accelerator and _entry.devices == 1:
             for _kind in (watched, checked):
