@@ -221,17 +221,21 @@ def markdown(records: list[dict], only: str = "") -> list[str]:
       only: parts of names of rows, separated by commas; all rows by default.
     """
     records = [r for r in records if any(p in r["row"] for p in only.split(","))]
-    titles = ["row", "size", "against"]
+    titles, figures = ["row", "size", "against"], []
     if any("devices" in r for r in records):
+        if any("target" in r for r in records):
+            titles, figures = ["row", "size", "target"], sharded.ESTIMATES
         shown = {"collectives": "count", "bytes sent": "sent", "temporary memory": "memory"}
     elif any("target" in r for r in records):
         shown = {"temporary memory": "memory", "bytes moved": "moved", "kernels": "kernels"}
     else:
         shown = {"time": "time", "temporary memory": "memory"}
-    lines = [f"| {' | '.join([*titles, *shown])} |", "|---" * (len(titles) + len(shown)) + "|"]
+    columns = [*titles, *shown, *figures]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in records:
         if "error" not in r:
             found = ratios(r)
             shares = [_number(found.get(name), ".2f") for name in shown.values()]
-            lines.append(f"| {' | '.join([*map(r.get, titles), *shares])} |")
+            special = [sharded.cells(r)[name] for name in figures]
+            lines.append(f"| {' | '.join([*map(r.get, titles), *shares, *special])} |")
     return [*lines, "", *means(records)]

@@ -18,6 +18,7 @@ TARGET_COLUMNS = (
     ("row", 26), ("size", 34), ("against", 7), ("count", 7), ("sent", 7), ("memory", 7),
     ("run", 6), ("sent GB", 8), ("GB", 7), ("room GB", 8), ("ms", 9), ("share", 6), ("kinds", 40),
 )
+ESTIMATES = ["GB", "room GB", "sent GB", "ms", "share"]  # of a target, in a README's table
 
 
 def record(measured: Spread, kind: str, source: dict) -> dict:
