@@ -11,6 +11,7 @@ from fbprop.ops import activation, losses, normalization
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
 
+ctc, turn = sys.modules["fbprop.ops.ctc"], sys.modules["fbprop.ops.rotary"]
 lce = sys.modules["fbprop.ops.linear_cross_entropy"]  # its function has the module's name
 
 
@@ -65,7 +66,32 @@ def loss(operation, label, *operands, labels=None, **form):
                 plain=lambda *x: operation.reference(*x, *labels, **form))
 
 
+def spelling(label, frames, classes, labels, logit_lengths, label_lengths, blank):
+    """A row of `ctc_loss`, of an example per list of labels."""
+    rest = [jnp.array(a, jnp.int32) for a in (labels, logit_lengths, label_lengths)]
+
+    def of(function):
+        return lambda z: function(z, *rest, blank=blank)
+
+    return Case("ctc_loss", of(ctc._ctc), (real(len(labels), frames, classes),), label,
+                plain=of(ctc.reference))
+
+
+def rotated(label, shape, interleaved):
+    form = {"base": 7.0, "interleaved": interleaved}
+    positions = jnp.arange(shape[-3], dtype=jnp.int32) * 2
+
+    def of(function):
+        return lambda x: function(x, positions, **form)
+
+    return Case("rotary", of(turn._rotary), (real(*shape),), label,
+                plain=of(turn._rotary.reference))
+
+
 CASES = [
+    spelling("", 5, 3, [[1, 1], [2, 1]], [5, 4], [2, 1], 0),
+    spelling("blank", 3, 3, [[1]], [3], [1], 2),
+    rotated("halves", (2, 5, 3, 2), False), rotated("neighbours", (5, 1, 6), True),
     loss(losses._softmax_of_class, "", real(2, 3, 5), labels=[[0, 4, 2], [1, 1, 0]]),
     # By the public function: a number as logits is not a row of them, which only that one checks.
     Case("softmax_cross_entropy_of_shares", losses.softmax_cross_entropy,
