@@ -172,7 +172,7 @@ def parse_options():
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--smoke", action="store_true", help="one epoch, one seed")
-    parser.add_argument("--plot", metavar="FILE", help="draw accuracy against alignment")
+    parser.add_argument("--plot", metavar="FILE", help="draw test errors, coloured by alignment")
     options = parser.parse_args()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot draws with matplotlib, which is missing: pip install matplotlib")
@@ -190,18 +190,22 @@ def parse_options():
 def plot(rows, file):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    networks = sorted({row[0] for row in rows})
-    for axes, network in zip(np.atleast_1d(figure.subplots(1, len(networks))), networks):
-        for _, name, scores, cosine in (row for row in rows if row[0] == network):
-            axes.errorbar(cosine, np.mean(scores),
-                          [[np.mean(scores) - min(scores)], [max(scores) - np.mean(scores)]],
-                          fmt="o", capsize=2)
-            axes.annotate(name, (cosine, np.mean(scores)), fontsize=7, xytext=(3, 3),
-                          textcoords="offset points")
-        axes.set(title=network, xlabel="cosine to the gradient, after training",
-                 ylabel="test accuracy")
-    figure.savefig(file, dpi=120)
+    networks = list(dict.fromkeys(row[0] for row in rows))
+    figure = Figure(figsize=(4.5 * len(networks) + 1, 5), layout="constrained")
+    every = np.atleast_1d(figure.subplots(1, len(networks)))
+    for axes, network in zip(every, networks):
+        mine = sorted((row for row in rows if row[0] == network), key=lambda row: np.mean(row[2]))
+        wrong = [100 * (1 - np.array(row[2])) for row in mine]
+        axes.hlines(range(len(mine)), [*map(np.min, wrong)], [*map(np.max, wrong)], color="gray")
+        dots = axes.scatter([*map(np.mean, wrong)], range(len(mine)), c=[row[3] for row in mine],
+                            vmin=0, vmax=1, zorder=2)
+        axes.set(title=network, xlabel="test error, percent", xscale="log",
+                 yticks=range(len(mine)), yticklabels=[row[1] for row in mine])
+        axes.xaxis.set_minor_formatter("{x:.3g}")
+        axes.xaxis.set_major_formatter("{x:.3g}")
+        axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
+    figure.colorbar(dots, ax=every, label="cosine to the gradient, after training")
+    figure.savefig(file, dpi=100)
 
 
 def main():

@@ -187,6 +187,22 @@ def test_feedback_alignment_is_the_papers_formula(x64):
     assert_close(same, memory)
 
 
+def test_feedback_is_not_the_weight_where_the_key_is_the_same():
+    key = jax.random.key(0)
+    keys = jax.random.split(key, 40)
+    params = {i: jax.random.normal(keys[i], (50, 50)) for i in range(40)}
+
+    def loss(params, x):
+        for i in range(40):
+            x = jnp.tanh(x @ params[i])
+        return jnp.sum(x)
+
+    memory = learning.feedback_alignment().init(key, loss, params, jnp.ones((1, 50)))
+    for b in memory.values():
+        for w in params.values():
+            assert abs(np.corrcoef(b.ravel(), w.ravel())[0, 1]) < 0.15
+
+
 def test_sign_symmetry_has_the_weights_signs(x64):
     params, x, y = problem()
     signs = np.sign(params["b"])

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from fbprop.core.arguments import check_function
 from fbprop.reverse import value_and_grad
+
+# What is drawn here is not what parameters were drawn from, should the key have been the same: of
+# a weight from ``split(key)[i]`` a feedback weight from ``fold_in(key, i)`` would be a multiple.
+SALT = zlib.crc32(b"fbprop.learning")
 
 
 class Method:
@@ -49,7 +56,7 @@ class Method:
           params, *args: what it is called with; of the arguments only types matter.
         """
         check_function(loss)
-        return self._init(key, loss, params, *args)
+        return self._init(jax.random.fold_in(key, SALT), loss, params, *args)
 
     def value_and_grad(self, loss: Callable, has_aux: bool = False, **options) -> Callable:
         """``(params, *args, memory) -> ((value, direction), memory)``.
