@@ -32,7 +32,7 @@ def selected(only: str, size: str, accelerator: bool = False, devices: int = 1):
         they are.
     """
     patterns = only.split(",")
-    accelerator = accelerator or jax.default_backend() == "gpu"
+    accelerator = accelerator or (devices == 1 and jax.default_backend() == "gpu")
     return [
         e for e in entries(size)
         if any(e.name == p[1:] if p.startswith("=") else p in e.name for p in patterns)

@@ -81,7 +81,7 @@ def checkpointed(directory, port, process):
 
 def wait_for_the_other(directory, port, process):
     """The first waits for a sum that the second does not take part in."""
-    join(port, process, heartbeat=2)
+    join(port, process, heartbeat=4)
     fitted("mlp", "replicated", steps=2, batch_size=16)
     pathlib.Path(directory, str(process)).touch()
     if process == 1:

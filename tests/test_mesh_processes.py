@@ -37,7 +37,7 @@ def test_losses_are_those_of_one_process(nursery, tmp_path):
 
 
 def test_one_that_dies_ends_the_other_with_a_sentence(nursery, tmp_path):
-    """JAX gives up 2 s, the heartbeat, after the last sign of life, and looks now and then."""
+    """JAX gives up 4 s, the heartbeat, after the last sign of life, and looks now and then."""
     first, second = nursery.start("wait_for_the_other", tmp_path / "two")
     until = time.monotonic() + 30
     while not (tmp_path / "two" / "1").exists() and time.monotonic() < until:
@@ -45,7 +45,7 @@ def test_one_that_dies_ends_the_other_with_a_sentence(nursery, tmp_path):
     assert nursery.kill(second) == -9
     killed = time.monotonic()
     assert nursery.wait(first) != 0
-    assert time.monotonic() - killed < 15
+    assert time.monotonic() - killed < 20
     said = (tmp_path / "two.0.out").read_text()
     assert "This most likely indicates that another task died" in said
 

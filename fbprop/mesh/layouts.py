@@ -22,9 +22,8 @@ class Layout:
     """Where parameters lie on a mesh; made by `layout`, `replicated`, `fully_sharded`, ...
 
     Attributes:
-      batch: the mesh's axes that the examples of a batch are split over, a name or several; None
-        of those named are needed if it is ``"data"``, the default: without it every device works
-        on the whole batch.
+      batch: the mesh's axes that the examples of a batch are split over, a name or several. None,
+        or ``"data"`` on a mesh without it: every device works on the whole batch.
 
     Example: see `layout`.
     """
