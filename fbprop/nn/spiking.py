@@ -44,7 +44,7 @@ def leaky_integrate_and_fire(
       >>> from fbprop import nn
       >>> layer = nn.leaky_integrate_and_fire(decay=0.5)
       >>> layer.apply({}, jnp.full((1, 4, 1), 0.7)).ravel().tolist()
-      [0.0, 1.0, 0.0, 0.0]
+      [0.0, 1.0, 0.0, 1.0]
     """
     if reset not in ("subtract", "zero") or not 0 <= decay <= 1:
         raise ValueError(
