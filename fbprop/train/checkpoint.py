@@ -109,8 +109,8 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
     Returns:
       A pytree like ``like``, bit for bit what was saved. Arrays go where ``like`` has been put
       explicitly (`jax.device_put`, or a mesh and a layout: any, not only those of the state that
-      was saved), otherwise to the default device. What several processes have written, no process
-      reads more of than its devices need.
+      was saved), otherwise to the default device. All is checked, but of
+      the arrays a process only ever holds what its devices need.
 
     Raises:
       CheckpointError: the file is truncated, corrupted, written by a newer fbprop, no checkpoint,
@@ -120,7 +120,7 @@ def restore(path: str | os.PathLike, like: Any) -> Any:
     """
     path = pathlib.Path(path)
     check_format(path, read_manifest(path))
-    manifest, stored = _opened(path, read(path))
+    manifest, stored = _opened(path, read(path, mapped=True))
     _check_stored(path, manifest["leaves"], stored)
     _check_same(path, manifest["leaves"], like)
     leaves = [
@@ -323,7 +323,7 @@ def _sound_step(file) -> int | None:
     """The step in a checkpoint whose every byte is right; None if it is no checkpoint of ours."""
     if not file.is_file():
         raise OSError("no regular file")  # a directory, or a link to nothing
-    contents = read(file)
+    contents = read(file, mapped=True)
     if "fbprop" not in contents.metadata:
         return None
     manifest, stored = _opened(file, contents)
