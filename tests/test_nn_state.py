@@ -200,7 +200,9 @@ def test_repeated_equals_the_blocks_in_sequence(x64, remat):
 
     (value, new), (grads, dx) = run(chain)(params, x, state)
     got = run(loop)(stack(params), x, stack(state))
-    chex.assert_trees_all_close(got, ((value, stack(new)), (stack(grads), dx)), rtol=1e-11)
+    # Before batch norm a bias has a gradient of 0, of which rounding is left.
+    expected = (value, stack(new)), (stack(grads), dx)
+    chex.assert_trees_all_close(got, expected, rtol=1e-11, atol=1e-14)
     assert jax.tree.map(jnp.shape, loop.init(KEY, x)) == jax.tree.map(jnp.shape, stack(params))
     chex.assert_trees_all_equal(loop.init_state(x), stack(state))
 
