@@ -172,17 +172,19 @@ def parse_options():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--smoke", action="store_true", help="one epoch, one seed")
+    parser.add_argument("--smoke", action="store_true", help="one epoch, one seed, three rules")
     parser.add_argument("--plot", metavar="FILE", help="draw test errors, coloured by alignment")
     options = parser.parse_args()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot draws with matplotlib, which is missing: pip install matplotlib")
     names = list(rules([lambda p, h: h]))
-    options.method = names if options.method is None else options.method.split(",")
+    if options.method is None:
+        options.method = ",".join(names[:3] if options.smoke else names)
+    options.method = options.method.split(",")
     if unknown := set(options.method) - set(names):
         parser.error(f"--method has no {sorted(unknown)[0]!r}: choose from {', '.join(names)}")
     if options.smoke:
-        options.epochs, options.seeds = 1, 1
+        options.epochs, options.seeds, options.network = 1, 1, options.network or "mlp"
     options.epochs = options.epochs or (30 if options.data is None else 3)
     options.batch = options.batch or (32 if options.data is None else 128)
     return options

@@ -45,10 +45,12 @@ def main():
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--bias", type=float, default=0.0, help="of the hidden layer, at first")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="one epoch")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
     options = parser.parse_args()
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot draws with matplotlib, which is missing: pip install matplotlib")
+    options.epochs = 1 if options.smoke else options.epochs
     training, test = data.digits()
     params = network.init(jax.random.key(options.seed), training["image"][:1])
     params["hidden"]["bias"] += options.bias
