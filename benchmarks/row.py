@@ -10,6 +10,7 @@ sizes, given in the decorator, one tuple per line of the table::
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -108,6 +109,16 @@ def row(kind="operation", accelerator=False, devices=1, **sizes):
         return make
 
     return register
+
+
+def named(name: str, like, make):
+    """``make(draw, *dims)`` as the row of that name, with the dimensions' names of ``like``."""
+    @functools.wraps(like)
+    def made(draw, *dims):
+        return make(draw, *dims)
+
+    made.__name__ = name
+    return made
 
 
 def entries(size: str) -> list[Entry]:

@@ -7,13 +7,11 @@ return the loss, and what else they compute times 0.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 import fbprop
-from benchmarks.row import Row, row
+from benchmarks.row import Row, named, row
 from benchmarks.rows.elementwise import cross_entropy
 from benchmarks.rows.image_steps import convnet, convnet_params
 from benchmarks.rows.recurrent import lstm_layer, recurrent_weights
@@ -120,17 +118,8 @@ KINDS = {
 
 
 def _register(name, problem, kind, smoke, small, full):
-    make = _named(f"{name}_{kind}", problem, KINDS[kind])
-    row("gradient", smoke=smoke, small=small, full=full)(make)
-
-
-def _named(name, problem, kind):
-    @functools.wraps(problem)
-    def make(draw, *dims):
-        return kind(*problem(draw, *dims))
-
-    make.__name__ = name
-    return make
+    make = lambda draw, *dims: KINDS[kind](*problem(draw, *dims))
+    row("gradient", smoke=smoke, small=small, full=full)(named(f"{name}_{kind}", problem, make))
 
 
 for _name, (_problem, *_sizes) in PROBLEMS.items():

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.row import Row, row
+from benchmarks.row import Row, named, row
 from benchmarks.rows.elementwise import cross_entropy
 from benchmarks.rows.image_steps import resnet, resnet_params
 from benchmarks.rows.recurrent import lstm_layer, recurrent_weights
@@ -97,55 +97,26 @@ def _places(devices, data, model, fully, params, explicit=False):
     return over, jax.tree.map(lambda spec: NamedSharding(over, spec), specs, is_leaf=is_spec)
 
 
-@row("sharded", **SIZES)
-def mlp_sharded(draw, data, model, fully):
-    return sharded_gradient(of_mlp, draw, data, model, fully)
+# Batch statistics of the convnet's three stages: sums over devices are added up in another order.
+CONVNET = {"tolerance": 1e-4}
 
 
-@row("sharded", **SIZES)
-def gpt_sharded(draw, data, model, fully):
-    return sharded_gradient(of_gpt, draw, data, model, fully)
+def _register(name, sizes, kind, network, **figures):
+    def make(draw, data, model, fully):
+        return kind(network, draw, data, model, fully, **figures)
+
+    row("sharded", **sizes)(named(f"{name}_sharded", make, make))
 
 
-@row("sharded", **SIZES)
-def convnet_sharded(draw, data, model, fully):
-    # Batch statistics of three stages: sums over devices are added up in another order.
-    return sharded_gradient(of_convnet, draw, data, model, fully, tolerance=1e-4)
-
-
-@row("sharded", **SIZES)
-def lstm_sharded(draw, data, model, fully):
-    return sharded_gradient(of_lstm, draw, data, model, fully)
-
-
-@row("sharded", **SIZES)
-def embedding_sharded(draw, data, model, fully):
-    return sharded_gradient(of_embedding, draw, data, model, fully)
-
-
-@row("sharded", **SIZES)
-def mlp_step_sharded(draw, data, model, fully):
-    return sharded_step(of_mlp, draw, data, model, fully)
-
-
-@row("sharded", **SIZES)
-def gpt_step_sharded(draw, data, model, fully):
-    return sharded_step(of_gpt, draw, data, model, fully)
-
-
-@row("sharded", **SIZES)
-def embedding_step_sharded(draw, data, model, fully):
-    return sharded_step(of_embedding, draw, data, model, fully)
-
+_register("mlp", SIZES, sharded_gradient, of_mlp)
+_register("gpt", SIZES, sharded_gradient, of_gpt)
+_register("convnet", SIZES, sharded_gradient, of_convnet, **CONVNET)
+_register("lstm", SIZES, sharded_gradient, of_lstm)
+_register("embedding", SIZES, sharded_gradient, of_embedding)
+_register("mlp_step", SIZES, sharded_step, of_mlp)
+_register("gpt_step", SIZES, sharded_step, of_gpt)
+_register("embedding_step", SIZES, sharded_step, of_embedding)
 
 EXPLICIT = {"devices": 8, **dict.fromkeys(("smoke", "small", "full"), STRATEGIES[:1])}
-
-
-@row("sharded", **EXPLICIT)
-def mlp_explicit_sharded(draw, data, model, fully):
-    return sharded_gradient(of_mlp, draw, data, model, fully, explicit=True)
-
-
-@row("sharded", **EXPLICIT)
-def convnet_explicit_sharded(draw, data, model, fully):
-    return sharded_gradient(of_convnet, draw, data, model, fully, explicit=True, tolerance=1e-4)
+_register("mlp_explicit", EXPLICIT, sharded_gradient, of_mlp, explicit=True)
+_register("convnet_explicit", EXPLICIT, sharded_gradient, of_convnet, explicit=True, **CONVNET)

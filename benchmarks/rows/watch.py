@@ -6,14 +6,14 @@ nan, if there is one. The other program is the same gradient, by fbprop, not wat
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 import fbprop
-from benchmarks.row import SIZES, Row, entries, row
-from benchmarks.rows import image_steps, other_steps, sequence_steps, steps  # noqa: F401  (rows)
+from benchmarks.row import SIZES, Row, entries, named, row
+
+# Imported for what it does: these put the steps into the table that `entries` reads below.
+from benchmarks.rows import image_steps, other_steps, sequence_steps, steps  # noqa: F401
 from fbprop import watch
 
 
@@ -49,18 +49,14 @@ def _against_plain(step, ours):
     return Row(build, (params, *batch), tolerance=max(step.tolerance, 1e-4))
 
 
-def _named(name, make, kind):
-    @functools.wraps(make)
-    def made(draw, *dims):
-        return kind(make(draw, *dims))
-
-    made.__name__ = name
-    return made
+def _register(entry, size, kind):
+    name = entry.name.removesuffix("_step") + f"_{kind.__name__}"
+    make = lambda draw, *dims: kind(entry.make(draw, *dims))
+    row("watch", **{size: [entry.dims]})(named(name, entry.make, make))
 
 
 for _size in SIZES:
     for _entry in entries(_size):
         if _entry.name.endswith("_step") and not _entry.accelerator and _entry.devices == 1:
             for _kind in (watched, checked):
-                _name = _entry.name.removesuffix("_step") + f"_{_kind.__name__}"
-                row("watch", **{_size: [_entry.dims]})(_named(_name, _entry.make, _kind))
+                _register(_entry, _size, _kind)

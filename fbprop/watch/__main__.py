@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 
+from fbprop.watch.log import read_log
 from fbprop.watch.page import page
-
-
-def rows_of(path: pathlib.Path) -> list[dict]:
-    """The rows of a log; a last line that was cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                sys.exit(f"A log has one JSON object a line, got {line[:40]!r} in line {number}.")
-    return rows
 
 
 def main(argv):
@@ -30,7 +17,7 @@ def main(argv):
     options = parser.parse_args(argv)
     output = options.output or options.log.with_suffix(".html")
     try:
-        page(rows_of(options.log), output, title=options.log.name)
+        page(read_log(options.log), output, title=options.log.name)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(output)
