@@ -8,7 +8,8 @@ import inspect
 import sys
 import textwrap
 
-from fbprop.rules import FAMILIES, table
+from fbprop.core.fallback import Fallback
+from fbprop.rules import FAMILIES, current
 
 
 def entry(rule) -> str:
@@ -18,12 +19,16 @@ def entry(rule) -> str:
 
 
 def book() -> str:
-    """Every rule, by family."""
+    """Every rule, by family; last those of operations, which are registered."""
     parts = []
     for family in FAMILIES:
         title = inspect.getdoc(family).partition("\n")[0]
         parts.append("\n".join([f"== {title}", *map(entry, family.RULES)]))
-    return "\n\n".join([*parts, f"{len(table)} rules"])
+    listed = {rule.name for family in FAMILIES for rule in family.RULES}
+    own = [r for n, r in current().items() if n not in listed and not isinstance(r, Fallback)]
+    parts.append("\n".join(["== Operations of fbprop, and rules that were registered.",
+                            *map(entry, own)]))
+    return "\n\n".join([*parts, f"{len(listed) + len(own)} rules"])
 
 
 def page(name: str) -> str:
@@ -32,6 +37,7 @@ def page(name: str) -> str:
     Raises:
       KeyError: there is no rule of that name; the message names the nearest.
     """
+    table = current()
     if name not in table:
         near = ", ".join(difflib.get_close_matches(name, table, 3)) or "none similar"
         raise KeyError(f"The table has no rule for {name!r}, did you mean: {near}?")
