@@ -258,17 +258,14 @@ def test_scale_says_what_a_mesh_is(wrong, match):
     assert match in result.stderr
 
 
-def test_learning_rules_smoke(tmp_path):
-    picture = tmp_path / "rules.png"
-    out = smoke("learning_rules.py", "--method", "backprop,direct-below", "--network", "mlp",
-                "--plot", str(picture))
+def test_learning_rules_smoke():
+    out = smoke("learning_rules.py", "--method", "backprop,direct-below", "--network", "mlp")
     rows = re.findall(r"^mlp +(\S+) +([\d.]+) +([\d.]+)-([\d.]+) +(-?[\d.]+) +[\d.]+ MB$", out,
                       re.M)
     assert [row[0] for row in rows] == ["backprop", "direct-below"]
     assert float(rows[0][4]) == 1
     assert all(float(low) == float(mean) == float(high) for _, mean, low, high, *_ in rows)
     assert re.search(r"^2 rows of 1 seeds after \d+ s$", out, re.M)
-    assert picture.stat().st_size > 5000
 
 
 def test_watching_makes_a_page(tmp_path):
