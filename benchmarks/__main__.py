@@ -27,7 +27,8 @@ def arguments(argv):
     parser.add_argument("--threads", type=int, help="cores that may be used, JAX and peers alike")
     parser.add_argument("--json", metavar="FILE", help="append one line per measurement")
     parser.add_argument("--peers", default="", metavar="NAMES",
-                        help="of flax,equinox,torch,torch.compile: whole steps against these too")
+                        help="of flax,equinox,torch,torch.compile (whole steps), opacus,backpack,"
+                        "jax-privacy (per example), kfac-jax: against these too")
     parser.add_argument("--target", metavar="NAME", help="compile for this device, which need not "
                         "be there, and run nothing: h100, v5e; several: h100:8, v5e:4x4")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="rows for several "

@@ -13,7 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "equinox", "torch")
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "equinox", "torch", "opacus",
+            "backpack-for-pytorch", "jax-privacy", "kfac-jax")
 
 
 def best_seconds(run, *args, repeats=20):

@@ -84,24 +84,29 @@ def measure(row: Row, ours, theirs, seconds: float, clock=time.perf_counter) -> 
 
 
 def measure_peer(row: Row, ours, peer: str, make_step, seconds, clock=time.perf_counter):
-    """Measure a whole step against another library's: the loss is checked, then run times.
+    """Measure against another library: the result is checked, then run times.
 
     Args:
-      make_step: ``(params, batch) -> run``; ``run()`` does a step and returns the loss before it.
+      make_step: ``(params, batch) -> run``; ``run()`` does what the row does. Of a whole step it
+        returns the loss before it, of other rows the row's result.
       row, ours, seconds, clock: see `measure`.
     """
     program, _ = _compile(row, ours, clock)
-    (params, _), batch = row.inputs[:2]
+    result = program(*_copies(row.probe or row.inputs))
+    if row.carries:
+        (params, _), batch = row.inputs[:2]
+        # An epoch has one loss per step; those after the first depend on the learning rate.
+        result = np.ravel(np.float64(result[1]))[0]
+    else:
+        params, *batch = row.inputs
     run = make_step(params, batch)
-    # An epoch has one loss per step; those after the first depend on the learning rate.
-    loss = np.ravel(np.float64(program(*_copies(row.probe))[1]))[0]
-    difference = abs(run() - loss) / abs(loss)
+    difference = relative_difference(run(), result)
     # Of 16-bit steps, whose own tolerance is 0.1, the loss is a mean over all tokens.
     tolerance = max(PEER_TOLERANCE, row.tolerance / 10)
     if not difference <= tolerance:
         raise Disagreement(
-            f"A peer computes the same loss from the same parameters, got a relative difference "
-            f"of {difference:.2e} expected at most {tolerance:.0e}: fix its model."
+            f"A peer computes the same from the same parameters, got a relative difference of "
+            f"{difference:.2e} expected at most {tolerance:.0e}: fix its model."
         )
     return Measurement(row, peer, difference, interleave([_runner(row, program), run], seconds,
                                                          clock))

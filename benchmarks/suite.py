@@ -125,11 +125,11 @@ def records(entry, seconds, source, peers):
     """A record per rival; a failure is a line of the table and the exit status, not the end."""
     clock = CLOCKS[source["clock"]]
     rivals = {"jax": lambda: measure(entry.row(), fbprop, jax, seconds, clock)}
-    for peer in peers if entry.kind == "step" else ():
+    for peer in peers:
         if make := step(peer, entry.name):
             rivals[peer] = functools.partial(
                 lambda *a: measure_peer(entry.row(), fbprop, *a, seconds, clock), peer, make)
-        else:
+        elif entry.kind == "step":
             print(f"{peer} has no version of {entry.name}")
     for rival, measured in rivals.items():
         try:

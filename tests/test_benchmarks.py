@@ -25,7 +25,7 @@ from benchmarks.meter import (
     relative_difference,
 )
 from benchmarks.peers import MODULES, missing, step
-from benchmarks.row import SIZES, Draw, entries, operation
+from benchmarks.row import SIZES, Draw, entries, loss_gradient, operation
 from benchmarks.rows import steps
 
 SCALED = fbprop.table.override(
@@ -81,6 +81,16 @@ def test_a_peer_must_have_the_same_loss(squares_row):
     assert measured.memory_ratio() is None
     with pytest.raises(Disagreement, match=r"difference of 1\.00e-03 expected at most 1e-04"):
         measure_peer(squares_row, fbprop, "peer", peer(1.001), seconds=0.0)
+
+
+def test_a_peer_of_no_step_must_have_the_same_result():
+    row = loss_gradient(lambda w, x: jnp.mean(x @ w), Draw().normal(3), [Draw(1).normal(2, 3)])
+
+    def peer(params, batch):
+        return lambda: (jnp.mean(batch[0] @ params), jnp.mean(batch[0], 0))
+
+    measured = measure_peer(row, fbprop, "peer", peer, seconds=0.0)
+    assert measured.agreement < 1e-5
 
 
 def test_a_missing_peer_is_said(monkeypatch):

@@ -1,8 +1,8 @@
-"""The same training steps as users of other libraries write them.
+"""The same training steps, and gradients per example, as users of other libraries write them.
 
 A peer's version of a row is a function, named as the row, in one of its modules: from our
 parameters and batch it returns a function of no arguments that does one step, waits, and returns
-the loss before the step.
+the loss before the step; of a row that is no step, the row's result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ def _modules(name):
 
 
 MODULES = {"flax": _modules("flax"), "equinox": _modules("equinox"), "torch": _modules("torch"),
-           "torch.compile": ["torch_compiled_steps"]}
+           "torch.compile": ["torch_compiled_steps"], "opacus": ["opacus_per_example"],
+           "backpack": ["backpack_per_example"], "jax-privacy": ["jax_privacy_per_example"],
+           "kfac-jax": ["kfac_jax_steps"]}
 VIT_HEADS = {8: 2, 64: 4, 192: 6}  # by width, as the row's sizes have it: parameters do not show it
 
 

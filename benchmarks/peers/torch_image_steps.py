@@ -16,6 +16,8 @@ from benchmarks.peers.torch_layers import (
     eager,
     layer_norm,
     mlp,
+    mlp_gradient,
+    numbers,
     tensor,
     trained,
     trained_epoch,
@@ -35,7 +37,7 @@ def _images(x):
     return tensor(x).movedim(-1, -3).contiguous()
 
 
-def _convolution(kernel, **options):
+def convolution_of(kernel, **options):
     H, _, D, E = kernel.shape
     layer = nn.Conv2d(D, E, H, bias=False, **options)
     layer.weight.data = tensor(kernel).permute(3, 2, 0, 1).contiguous()
@@ -46,7 +48,7 @@ class Convnet(nn.Module):
     def __init__(self, params):
         super().__init__()
         kernels, layers = params
-        self.convolutions = nn.ModuleList(_convolution(w, padding="same") for w in kernels)
+        self.convolutions = nn.ModuleList(convolution_of(w, padding="same") for w in kernels)
         self.dense = mlp(layers)
 
     def forward(self, x):
@@ -55,14 +57,23 @@ class Convnet(nn.Module):
         return self.dense(x.permute(0, 2, 3, 1).flatten(1))  # our flattening is of NHWC
 
 
-def convnet_step(params, batch, wrap=eager):
+def convnet_batch(batch):
     x, labels = batch
-    return trained(Convnet(params), [_images(x), tensor(labels)], classified, wrap)
+    return [_images(x), tensor(labels)]
+
+
+def convnet_gradient(model):
+    """Gradients of `Convnet`, as our parameters are."""
+    kernels = [numbers(layer.weight.grad).transpose(2, 3, 1, 0) for layer in model.convolutions]
+    return kernels, mlp_gradient(model.dense)
+
+
+def convnet_step(params, batch, wrap=eager):
+    return trained(Convnet(params), convnet_batch(batch), classified, wrap)
 
 
 def convnet_epoch(params, batches, wrap=eager):
-    x, labels = batches
-    return trained_epoch(Convnet(params), [_images(x), tensor(labels)], classified, wrap)
+    return trained_epoch(Convnet(params), convnet_batch(batches), classified, wrap)
 
 
 def _batch_norm(scale, bias):
@@ -75,15 +86,15 @@ class ResidualBlock(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.norms = nn.ModuleList(_batch_norm(*p[n]) for n in ("norm1", "norm2"))
-        self.last = _convolution(p["conv2"], padding=1)
+        self.last = convolution_of(p["conv2"], padding=1)
         self.project = None
         if "project" in p:
-            self.project = _convolution(p["project"], stride=2)
+            self.project = convolution_of(p["project"], stride=2)
             # SAME at stride 2 pads the far side alone: padding=1 would be another network.
             self.first = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)),
-                                       _convolution(p["conv1"], stride=2))
+                                       convolution_of(p["conv1"], stride=2))
         else:
-            self.first = _convolution(p["conv1"], padding=1)
+            self.first = convolution_of(p["conv1"], padding=1)
 
     def forward(self, x):
         y = F.relu(self.norms[0](self.first(x)))
@@ -94,7 +105,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     def __init__(self, params):
         super().__init__()
-        self.stem, self.norm = _convolution(params["stem"], padding=1), _batch_norm(*params["norm"])
+        self.stem = convolution_of(params["stem"], padding=1)
+        self.norm = _batch_norm(*params["norm"])
         self.blocks = nn.Sequential(*map(ResidualBlock, params["blocks"]))
         self.head = dense(*params["head"][0])
 
@@ -114,7 +126,7 @@ class ViT(nn.Module):
         pixels, D = params["patches"].shape
         patch = math.isqrt(pixels // 3)
         kernel = params["patches"].reshape(patch, patch, 3, D)
-        self.patches = _convolution(kernel, stride=patch)
+        self.patches = convolution_of(kernel, stride=patch)
         self.positions = nn.Parameter(tensor(params["positions"]))
         self.blocks = nn.Sequential(
             *(Block(p, VIT_HEADS[D], causal=False) for p in params["blocks"])

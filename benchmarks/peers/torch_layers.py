@@ -31,6 +31,11 @@ def tensor(x):
     return torch.from_numpy(x.astype(np.int64) if x.dtype == np.int32 else x)
 
 
+def numbers(x):
+    """A tensor as an array."""
+    return x.detach().cpu().numpy()
+
+
 def trained(model, batch, loss, wrap=eager):
     """A function that does one step on ``loss(model, *batch)`` and returns the loss before it."""
     step, batch = _step(model, loss, wrap), [x.to(DEVICE) for x in batch]
@@ -78,6 +83,12 @@ def dense(weight, bias=None):
 def mlp(params, activation=nn.ReLU):
     layers = [part for p in params for part in (dense(*p), activation())]
     return nn.Sequential(*layers[:-1])
+
+
+def mlp_gradient(model):
+    """Gradients of `mlp`'s layers, as our parameters are."""
+    return [(numbers(layer.weight.grad).T, numbers(layer.bias.grad))
+            for layer in model if isinstance(layer, nn.Linear)]
 
 
 def embedding(table):

@@ -129,6 +129,8 @@ def ggn(
             found = one_sweep(consume, params, inputs, targets, signs)
             return tree_map(jnp.add, total, found), None
 
+        if len(signs) == 1:
+            return finish(one_sweep(consume, params, inputs, targets, signs[0]), len(outputs), 1)
         types = jax.eval_shape(
             lambda signs: one_sweep(consume, params, inputs, targets, signs), signs[0]
         )
