@@ -18,6 +18,7 @@ def word_loss(params, centres, contexts, negatives):
     return -jnp.mean(jax.nn.log_sigmoid(near) + jax.nn.log_sigmoid(-far).sum(-1))
 
 
+@row("step", accelerator=True, full=[(8192, 262144, 128, 5)])
 @row("step", smoke=[(3, 11, 4, 2)], small=[(256, 4000, 64, 5)], full=[(1024, 32000, 128, 5)])
 def word_embedding_step(draw, B, V, D, negatives):
     params = draw.normal(V, D, scale=0.1), draw.normal(V, D, scale=0.1)

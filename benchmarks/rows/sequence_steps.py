@@ -27,6 +27,7 @@ def _character_row(layer, gates, draw, T, B, H):
     return training_step(loss, params, [draw.integers(CHARACTERS, T + 1, B)], flops=flops)
 
 
+@row("step", accelerator=True, full=[(256, 64, 1024)])
 @row("step", **CHARACTER_SIZES)
 def lstm_character_step(draw, T, B, H):
     return _character_row(lstm_layer, 4, draw, T, B, H)

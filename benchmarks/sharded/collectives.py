@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from benchmarks.targets import kernels
+from benchmarks.targets.loops import with_trips
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BEGIN = re.compile(r"^%?([\w.\-]+) \(.*\{\s*$")
-_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)|$")
 _INNER = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 
@@ -55,24 +54,3 @@ def each_collective(text: str) -> Iterator[tuple[str, kernels.Instruction, int]]
         yield from fused.values()
 
     return look(entry, 1)
-
-
-def with_trips(text: str) -> str:
-    """The text with how often loops run, where that is not said but stands in their condition.
-
-    A TPU's compiler leaves it out. A `jax.lax.scan` counts from 0 to the one constant there is.
-    """
-    constants, inside = {}, None
-    for line in text.splitlines():
-        if found := _BEGIN.match(line):
-            inside = constants.setdefault(found[1], [])
-        elif inside is not None and (found := _CONSTANT.search(line)):
-            inside.append(found[1])
-
-    def said(match):
-        numbers = constants.get(match[1], [])
-        if "known_trip_count" in match[0] or len(numbers) != 1:
-            return match[0]
-        return f'{match[0]}, backend_config={{"known_trip_count":{{"n":"{numbers[0]}"}}}}'
-
-    return re.sub(r"^.* while\(.*condition=%?([\w.\-]+).*$", said, text, flags=re.MULTILINE)

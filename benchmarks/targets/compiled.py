@@ -1,7 +1,8 @@
 """What XLA says of a row's two programs, compiled for an accelerator and not run.
 
 Temporary memory is the compiler's own figure. What is moved is its count of "bytes accessed" for
-a TPU, and what the kernels of the optimised program read and write for a GPU (`kernels`).
+a TPU and what loops move after their first run, which it leaves out (`loops`); for a GPU what the
+kernels of the optimised program read and write (`kernels`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.row import Row
-from benchmarks.targets import kernels
+from benchmarks.targets import kernels, loops
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Compiled:
 
     Attributes:
       temp_bytes: temporary memory.
-      moved_bytes: that kernels read and write; TPU: the compiler's "bytes accessed".
+      moved_bytes: that kernels read and write; TPU: the compiler's "bytes accessed", loops as
+        often as they run.
       kernels: started in one run, loops counted as often as they run; TPU: fusions and others.
       flops: by the compiler's count, None where it has none.
       seconds: the compiler's estimate, None where it has none.
@@ -54,10 +56,13 @@ def program(row: Row, ad, on):
 
 def _figures(row, ad, on):
     compiled = program(row, ad, on)
-    run = kernels.count(compiled.as_text())
-    told = compiled.cost_analysis() if on.platform == "tpu" else {}
+    text = loops.with_trips(compiled.as_text())
+    run, told, moved = kernels.count(text), {}, None
+    if on.platform == "tpu":
+        told = compiled.cost_analysis()
+        moved = told["bytes accessed"] + loops.repeated_bytes(text)
     seconds = told.get("optimal_seconds", 0)
     return (
-        compiled.memory_analysis().temp_size_in_bytes, told.get("bytes accessed", run.bytes),
+        compiled.memory_analysis().temp_size_in_bytes, run.bytes if moved is None else moved,
         run.kernels, told.get("flops"), seconds if seconds > 1e-6 else None,
     )

@@ -37,13 +37,17 @@ class Work(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of a computation: its name, its type's bytes, what it does, to what."""
+    """One line of a computation: its name, its type's bytes, what it does, to what.
+
+    ``number`` is that of a parameter.
+    """
 
     name: str
     bytes: int
     opcode: str
     operands: tuple[str, ...]
     rest: str
+    number: int | None = None
 
 
 def count(text: str) -> Work:
@@ -71,7 +75,8 @@ def _instruction(name, text):
     opcode, _, rest = rest.partition("(")
     inside, rest = _until_closed(rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, _nbytes(kind), opcode.strip(), operands, rest)
+    number = int(inside) if opcode.strip() == "parameter" else None
+    return Instruction(name, _nbytes(kind), opcode.strip(), operands, rest, number)
 
 
 def _split_type(text):
@@ -123,9 +128,21 @@ def trips(i: Instruction) -> int:
     return int(found[1]) if found else 1
 
 
+def called(i: Instruction, key: str) -> list[str]:
+    """The computations that an instruction calls as its ``key``: "body", "calls" and so on."""
+    return re.findall(rf"{key}=\{{?%?([\w.\-]+)", i.rest)
+
+
+def branches(i: Instruction) -> list[str]:
+    """The computations of which a conditional runs one."""
+    names = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+    found = names[1] if names else " ".join(
+        re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", i.rest))
+    return re.findall(r"[\w.\-]+", found)
+
+
 def _of(i, sizes, computations, done):
-    called = lambda key: re.findall(rf"{key}=\{{?%?([\w.\-]+)", i.rest)
-    inner = lambda key: sum((_work(n, computations, done) for n in called(key)), start=Work())
+    inner = lambda key: sum((_work(n, computations, done) for n in called(i, key)), start=Work())
     if i.opcode in FREE or i.opcode.endswith("-done"):
         return Work()
     if i.opcode == "while":
@@ -133,14 +150,7 @@ def _of(i, sizes, computations, done):
     if i.opcode == "call":
         return inner("to_apply")
     if i.opcode == "conditional":
-        return _largest(i, computations, done)
+        return max(_work(n, computations, done) for n in branches(i))
     if i.opcode == "async-start" or (i.opcode.endswith("-start") and "calls=" in i.rest):
         return inner("calls")
     return Work(i.bytes + sum(sizes.get(o, 0) for o in i.operands), 1)
-
-
-def _largest(i, computations, done):
-    names = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-    found = names[1] if names else " ".join(
-        re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", i.rest))
-    return max(_work(n, computations, done) for n in re.findall(r"[\w.\-]+", found))
