@@ -9,7 +9,9 @@ import jax
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from fbprop.core import jaxcompat as jc
+from fbprop.core import opaque
 from fbprop.core.arguments import indices
+from fbprop.core.devices import PLATFORMS
 from fbprop.core.library import CALLS, call_name
 from fbprop.core.recompute import stored_for
 from fbprop.core.table import Table
@@ -29,6 +31,7 @@ class Line(NamedTuple):
       kept: bytes kept for its rule that are not kept for an equation above already; of a value
         that is made again, those it is made from. Inside another equation: at each run of it, as a
         part of what that one keeps, unless it exists outside anyway.
+      again: bytes of what the rule asks for and is not stored, but made again.
     """
 
     depth: int
@@ -38,6 +41,7 @@ class Line(NamedTuple):
     formulation: str
     shapes: str
     kept: int
+    again: int = 0
 
 
 class Explanation(NamedTuple):
@@ -48,11 +52,13 @@ class Explanation(NamedTuple):
       kept: bytes held by the pullback between the sweeps.
       unmet: of the table's overrides with a pattern (``where``), those that no equation met, as
         (pattern, name of the rule): a scope may be misspelt.
+      platform: the one that was asked about, or None.
     """
 
     lines: tuple[Line, ...]
     kept: int
     unmet: tuple[tuple[str, str], ...] = ()
+    platform: str | None = None
 
     def __str__(self):
         head = ("path", "primitive", "rule", "formulation", "shapes", "bytes kept")
@@ -69,6 +75,10 @@ class Explanation(NamedTuple):
                        cells[-1].rjust(widths[-1])]).rstrip()
             for cells in (head, *body)
         ]
+        again = sum(x.again for x in self.lines)
+        if self.platform and again:
+            unmet.insert(0, f"on {self.platform}: {again:,} bytes are not kept, but "
+                            f"{opaque.WAYS[self.platform]}")
         return "\n".join([*rows, *unmet])
 
 
@@ -78,6 +88,7 @@ def explain(
     argnums: int | Sequence[int] = 0,
     rules: Table | None = None,
     fallback: str | None = "registered",
+    platform: str | None = None,
 ) -> Explanation:
     """Which rule differentiates which equation of a function, and what it keeps.
 
@@ -90,6 +101,9 @@ def explain(
       *args: its arguments; arrays may be `jax.ShapeDtypeStruct`.
       argnums: which positional argument(s) are differentiated.
       rules, fallback: see `vjp`.
+      platform: "cpu", "cuda" or "tpu": formulations are those of a program for one device of it,
+        which need not be there, and the table says what becomes of values that are not kept.
+        Default: of those that depend on the platform it is said where they are taken.
 
     Returns:
       An `Explanation`. Lines in brackets are inside the equation above them (a loop's body, a
@@ -97,6 +111,7 @@ def explain(
 
     Raises:
       MissingRule, TypeError: as `vjp`.
+      ValueError: another platform.
 
     Example:
       >>> import fbprop, jax, jax.numpy as jnp
@@ -108,11 +123,17 @@ def explain(
             reduce_sum            reduce_sum                f32[2,3] -> f32[]                  0
                                                             total                             24
     """
+    if platform not in (None, *PLATFORMS):
+        raise ValueError(
+            f"Formulations are chosen for cpu, cuda or tpu, got platform={platform!r}: leave it "
+            "out for all of them."
+        )
     if isinstance(rules, Table):
         rules = _Watched(rules)
     found = planned(fun, args, argnums, rules, fallback)
-    lines, kept = _lines(found.plan, found.kept, 0), _bytes(tree_leaves(found.kept))
-    return Explanation(tuple(lines), kept, () if rules is None else rules.unmet())
+    lines = tuple(_lines(found.plan, found.kept, 0, platform))
+    unmet = () if rules is None else rules.unmet()
+    return Explanation(lines, _bytes(tree_leaves(found.kept)), unmet, platform)
 
 
 def planned(fun: Callable, args, argnums, rules, fallback):
@@ -163,23 +184,28 @@ def _positions(argnums, args):
     return [n % len(args) for n in argnums]
 
 
-def _lines(plan, kept, depth):
+def _lines(plan, kept, depth, platform):
     """A line per differentiated equation of a plan that keeps values of these types."""
-    extras, counted = iter(kept.extras), set()
+    extras, counted, remade = iter(kept.extras), set(), set()
     for site, rule, step in filter(None, plan.steps):
         atoms = (*site.eqn.invars, *site.eqn.outvars)
         own = {v for i in step.keep for v in stored_for(atoms[i], plan.made)} - counted
         counted |= own
+        again = {v for v in map(atoms.__getitem__, step.keep) if jc.is_var(v) and v in plan.made}
+        again -= remade
+        remade |= again
         extra = next(extras) if step.forward else ()
         yield Line(
-            depth, site.path, _name(site.eqn), rule.name, rule.formulation(site), _shapes(site),
-            _bytes(v.aval for v in own) + _bytes(tree_leaves(extra)),
+            depth, site.path, _name(site.eqn), rule.name, rule.formulation(site.on(platform)),
+            _shapes(site), _bytes(v.aval for v in own) + _bytes(tree_leaves(extra)),
+            _bytes(v.aval for v in again),
         )
         for number, both in enumerate(step.inner):
             if len(step.inner) > 1:
                 total = _bytes(tree_leaves(both.kept))
                 yield Line(depth + 1, site.path, f"branch {number}", "", "", "", total)
-            yield from _lines(both.plan, both.kept, depth + 1 + (len(step.inner) > 1))
+            deeper = depth + 1 + (len(step.inner) > 1)
+            yield from _lines(both.plan, both.kept, deeper, platform)
 
 
 def _name(eqn):

@@ -14,7 +14,8 @@ from benchmarks.row import Draw, entries
 from benchmarks.rows import large, sharded
 from benchmarks.sharded import compiled, estimate
 from benchmarks.sharded import report as lines
-from benchmarks.sharded.collectives import collectives, with_trips
+from benchmarks.sharded.collectives import collectives
+from benchmarks.targets.loops import with_trips
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 

@@ -104,7 +104,86 @@ def test_other_rules_show():
     np.testing.assert_allclose(fbprop.vjp(fun, X, rules=table)[1].kept.values[0], 2.0 * X)
 
 
+def bf16(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def convolved(x, w):
+    return lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[3] // w.shape[2],
+    )
+
+
+def attention(q):
+    return fbprop.ops.attention(q, q, q, causal=True)
+
+
+def head(x, w):
+    return fbprop.ops.linear_cross_entropy(x, w, jnp.zeros(4096, jnp.int32))
+
+
+BLOCKS, BY_HEAD = "by blocks of queries", "head by head, by blocks of queries"
+MASKED, IF_NEED_BE = "summed masked", "summed as it stands, again if not finite"
+IMAGES, CONVOLUTION = "convolution, w̄ some images at a time", "convolution"
+
+
+@pytest.mark.parametrize(("fun", "args", "expected"), [
+    (jax.nn.softmax, [f32(3, 5)], (IF_NEED_BE, MASKED, MASKED)),
+    (jnp.matmul, [f32(2048, 256), f32(256, 96)], ("b̄ turned", "", "")),
+    (convolved, [f32(2, 8, 8, 3), f32(3, 3, 3, 4)], (IMAGES, CONVOLUTION, CONVOLUTION)),
+    (convolved, [f32(2, 8, 8, 4), f32(3, 3, 1, 4)], ("taps", CONVOLUTION, CONVOLUTION)),
+    (convolved, [f32(2, 8, 8, 3), f32(1, 1, 3, 4)], ("matmul",) * 3),
+    (lambda x: x[jnp.array([1, 1])], [bf16(3, 5)], ("", "rows sorted", "")),
+    (attention, [bf16(2, 256, 4, 64)], (BY_HEAD, "cuDNN", "Pallas")),
+    (head, [f32(4096, 512), f32(512, 11)],
+     ("chunks of 512 rows", *["chunks of 1024 rows"] * 2)),
+    (fbprop.ops.layer_norm, [f32(1024, 768)], ("row by row", "", "")),
+], ids=["softmax", "matmul", "convolution", "taps", "matmul 1x1", "gather", "attention", "head",
+        "layer_norm"])
+def test_what_is_chosen_on_a_platform(fun, args, expected):
+    argnums = tuple(range(len(args)))
+    for platform, form in zip(("cpu", "cuda", "tpu"), expected, strict=True):
+        found = fbprop.explain(fun, *args, argnums=argnums, platform=platform)
+        assert [x.formulation for x in found.lines if x.formulation] == [form] * bool(form)
+
+
+def test_why_a_kernel_is_not_chosen_on_a_platform():
+    said = {p: next(x.formulation for x in fbprop.explain(attention, f32(2, 70, 4, 8), platform=p)
+                    .lines if x.rule == "attention") for p in ("cpu", "cuda", "tpu")}
+    assert said["cpu"] == BY_HEAD
+    assert said["cuda"] == f"{BLOCKS}; not cuDNN: cuDNN takes 16-bit numbers, not float32"
+    assert said["tpu"].startswith(f"{BLOCKS}; not Pallas: the Pallas kernel takes multiples of 128")
+
+
+def test_what_becomes_of_values_that_are_not_kept():
+    def layers(w, x):
+        for _ in range(5):
+            x = jax.nn.relu((x @ w) * 2.0 + 1.0)
+        return jnp.sum(x)
+
+    args = f32(64, 64), f32(256, 64)
+    plain = fbprop.explain(layers, *args)
+    again = sum(x.again for x in plain.lines)
+    assert again > 0
+    assert again % (256 * 64 * 4) == 0
+    for platform, way in [("cpu", "computed again, behind a truth"), ("tpu", "left to XLA"),
+                          ("cuda", "computed again, behind a barrier")]:
+        found = fbprop.explain(layers, *args, platform=platform)
+        assert str(found).splitlines()[-1].startswith(
+            f"on {platform}: {again:,} bytes are not kept, but {way}")
+        assert [x._replace(formulation="") for x in found.lines] == [
+            x._replace(formulation="") for x in plain.lines]
+    assert "on cpu" not in str(plain)
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="for cpu, cuda or tpu, got platform='gpu'"):
+        fbprop.explain(jnp.sin, X, platform="gpu")
     with pytest.raises(ValueError, match="got 1 expected one of 1"):
         fbprop.explain(jnp.sin, X, argnums=1)
     with pytest.raises(TypeError, match="got 3 expected a callable"):

@@ -10,8 +10,11 @@ from jax import lax
 
 import fbprop
 from benchmarks import report, suite, targets
+from benchmarks.meter import relative_difference
 from benchmarks.row import Draw, Row, entries, operation
-from benchmarks.targets import compiled, kernels
+from benchmarks.rows import accelerator_steps
+from benchmarks.rows.steps import classification
+from benchmarks.targets import compiled, kernels, loops
 from benchmarks.targets import report as lines
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
@@ -83,6 +86,52 @@ def test_a_real_program_is_counted():
     assert work.kernels >= 7
 
 
+TPU = """HloModule jit_f, is_scheduled=true
+
+%replaced (p: f32[9,4,100], q: f32[1,4,100], i: s32[]) -> f32[9,4,100] {
+  %p = f32[9,4,100]{2,1,0:T(8,128)} parameter(0)
+  %q = f32[1,4,100]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %u = f32[9,4,100]{2,1,0:T(8,128)} dynamic-update-slice(%p, %q, %i)
+}
+
+%looked_up (p: f32[9,4,100], i: s32[]) -> f32[1,4,100] {
+  %i = s32[] parameter(1)
+  %p = f32[9,4,100]{2,1,0:T(8,128)} parameter(0)
+  ROOT %s = f32[1,4,100]{2,1,0:T(8,128)} dynamic-slice(%p, %i), dynamic_slice_sizes={1,4,100}
+}
+
+%body (s: (s32[], f32[9,4,100])) -> (s32[], f32[9,4,100]) {
+  %s = (s32[], f32[9,4,100]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[9,4,100]{2,1,0:T(8,128)} get-tuple-element(%s), index=1
+  %y = f32[1,4,100]{2,1,0:T(8,128)} fusion(%x, %i), kind=kLoop, calls=%looked_up
+  %z = f32[9,4,100]{2,1,0:T(8,128)} fusion(%x, %y, %i), kind=kLoop, calls=%replaced
+  ROOT %t = (s32[], f32[9,4,100]{2,1,0:T(8,128)}) tuple(%i, %z)
+}
+
+%condition (s: (s32[], f32[9,4,100])) -> pred[] {
+  %s = (s32[], f32[9,4,100]) parameter(0)
+  %n = s32[]{:T(128)} constant(9)
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (q: (s32[], f32[9,4,100])) -> (s32[], f32[9,4,100]) {
+  %q = (s32[], f32[9,4,100]) parameter(0)
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %w = (s32[], f32[9,4,100]) while(%q), condition=%condition, body=%body, metadata={}
+}
+"""
+
+
+def test_loops_of_a_tpu_are_counted_by_slices_in_whole_tiles():
+    tile = 8 * 128 * 4
+    one = 2 * (tile + 4) + 2 * tile + 9  # a slice read and written, one read and replaced; i < n
+    assert loops.repeated_bytes(loops.with_trips(TPU)) == 8 * one
+    assert loops.repeated_bytes(TPU) == 0  # nothing says how often
+
+
 @pytest.fixture
 def here():
     """A target that is this machine, so that the whole way is gone without another compiler."""
@@ -151,8 +200,22 @@ def test_the_command_prints_means_and_the_exit_status(monkeypatch, capsys, here)
 
 
 def test_rows_at_an_accelerators_sizes_are_only_compiled():
-    names = lambda **options: {e.name for e in suite.selected("", "full", **options)}
-    assert names(accelerator=True) - names() >= {"gpt2_124m_step"}
+    lines = lambda **options: {e[:3] for e in suite.selected("", "full", **options)}
+    more = {(name, dims) for name, _, dims in lines(accelerator=True) - lines()}
+    assert more >= {
+        ("gpt2_124m_step", (32, 1024, 12, 768, 50304)), ("resnet50_step", (64, 224, 64)),
+        ("vit_b_step", (64, 224, 16, 12, 768, 12)), ("lstm_character_step", (256, 64, 1024)),
+        ("word_embedding_step", (8192, 262144, 128, 5)),
+    }
+
+
+def test_a_small_residual_network_of_their_shape_agrees_with_jax():
+    draw = Draw()
+    params = accelerator_steps.bottleneck_params(draw, (1, 1), 4, 5)
+    batch = draw.normal(3, 32, 32, 3), draw.integers(5, 3)
+    loss = classification(accelerator_steps.bottleneck_resnet)
+    both = lambda *args: [ad.value_and_grad(loss)(*args) for ad in (fbprop, jax)]
+    assert relative_difference(*jax.jit(both)(params, *batch)) < 1e-4
 
 
 def test_what_is_missing_is_said(monkeypatch):

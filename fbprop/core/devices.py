@@ -17,6 +17,21 @@ from jax.interpreters import ad, batching, mlir
 
 from fbprop.core import jaxcompat as jc
 
+PLATFORMS = {"cpu": "CPUs", "cuda": "NVIDIA GPUs", "tpu": "TPUs"}
+
+
+def in_words(platform: str | None, form: str, only_on: str, elsewhere: str = "") -> str:
+    """For `fbprop.explain`: the form that is taken on a platform, or where it would be.
+
+    Args:
+      platform: `fbprop.core.rule.Site.platform`.
+      form: that of programs for one device of the platform ``only_on``; elsewhere: of others.
+    """
+    if platform is None:
+        said = f"{form} on {PLATFORMS[only_on]}"
+        return f"{said}, else {elsewhere}" if elsewhere else said
+    return form if platform == only_on else elsewhere
+
 
 def by_devices(*operands, one, several):
     """``one(*operands)`` in a program for one device, ``several(*operands)`` in one for more."""

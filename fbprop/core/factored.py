@@ -125,7 +125,7 @@ class Contraction(Factored):
         return lax.dot_general(x, y, ((over_x, over_y), (batch_x, batch_y)), **self.options)
 
     def formulation(self) -> str:
-        """Which way the product is computed: "turned on CPUs", a wide one and a transpose, or "".
+        """Which way the product is computed on CPUs: "turned", a wide one and a transpose, or "".
 
         XLA's product on CPUs of factors that are summed over their leading dimensions is slower
         where the result is tall: over 2048 to 1024 x 256 it takes 16.2 ms, the other way round and
@@ -139,7 +139,7 @@ class Contraction(Factored):
         )
         uneven = terms >= 1024 and min(sizes) > 1 and max(sizes) >= 1.25 * min(sizes)
         order = self._wide().order if possible and uneven else ()
-        return "" if list(order) == sorted(order) else "turned on CPUs"
+        return "" if list(order) == sorted(order) else "turned"
 
     def _sizes(self):
         """Sizes of what is left of either factor."""

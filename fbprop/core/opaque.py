@@ -26,6 +26,13 @@ from jax.interpreters import ad, batching, mlir
 
 from fbprop.core import jaxcompat as jc
 
+# For `fbprop.explain`: what becomes of a value that is not stored, on one device.
+WAYS = {
+    "cpu": "computed again, behind a truth that XLA cannot see",
+    "cuda": "computed again, behind a barrier",
+    "tpu": "left to XLA, which keeps them or computes them again",
+}
+
 
 def held(x, after):
     """``x``, to be had only when there is an ``after``; XLA fuses it into what reads it."""

@@ -19,6 +19,7 @@ Everything else about cotangents (zeros, sums, broadcasting, checks) is the engi
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +39,11 @@ class Site:
         is returned unevaluated, or None; it may be returned so in any case.
       path: named scopes around it, ``"encoder/dense"``.
       engine: the two sweeps, for rules about equations that contain other equations.
+      platform: where `fbprop.explain` was asked about; None: anywhere. What runs is chosen when a
+        program is lowered (`fbprop.core.devices`), and nobody knows before.
     """
+
+    platform = None
 
     def __init__(self, eqn, path, active, engine):
         self.eqn, self.path, self.active, self.engine = eqn, path, active, engine
@@ -53,6 +58,12 @@ class Site:
     @property
     def out_avals(self):
         return [v.aval for v in self.eqn.outvars]
+
+    def on(self, platform: str | None) -> Site:
+        """The same equation, to be explained for a platform."""
+        other = copy.copy(self)
+        other.platform = platform
+        return other
 
     def location(self):
         """Where the user wrote it, as the end of a sentence."""

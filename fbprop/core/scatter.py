@@ -22,7 +22,7 @@ _MODES = (
 
 
 def formulation(table, indices_shape, values_shape, numbers, options) -> str:
-    """How rows are added to a table of this type: "rows sorted on NVIDIA GPUs", or "".
+    """How rows are added to a table of this type on NVIDIA GPUs: "rows sorted", or "".
 
     There each element is added by compare-and-swap, which is 20 times (bfloat16, openxla/xla#26371)
     to 2000 times (float32, jax-ml/jax#38806) as slow where updates meet, and in no certain order.
@@ -39,7 +39,7 @@ def formulation(table, indices_shape, values_shape, numbers, options) -> str:
         and are_whole_rows(table, values_shape, numbers, options)
     )
     meet = count > rows or math.prod(values_shape) > count
-    return "rows sorted on NVIDIA GPUs" if sortable and meet else ""
+    return "rows sorted" if sortable and meet else ""
 
 
 def are_whole_rows(table, values_shape, numbers, options) -> bool:

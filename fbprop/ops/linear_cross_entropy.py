@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.devices import at_lowering
+from fbprop.core.devices import at_lowering, in_words
 from fbprop.core.operation import Operation
 from fbprop.core.precision import wide_dtype
 from fbprop.rules import register
@@ -177,8 +177,18 @@ def _chosen(form, wants, x, w, bias, share, labels, d):
 
         return run
 
-    cpu, other = (by(min(max(times * x.shape[1], LEAST), MOST)) for times in CHUNKS)
+    cpu, other = map(by, _sizes(x))
     return at_lowering(*arrays, default=by(max(len(x), 1)), cpu=cpu, cuda=other, tpu=other)
+
+
+def _sizes(x):
+    """Rows of a chunk, on CPUs and elsewhere."""
+    return [min(max(times * x.shape[1], LEAST), MOST) for times in CHUNKS]
+
+
+def _formulation(site):
+    cpu, other = (f"chunks of {n} rows" for n in _sizes(site.in_avals[0]))
+    return cpu if cpu == other else in_words(site.platform, cpu, "cpu", other)
 
 
 def _summed(x, w, bias, share, labels, *, form, wanted):
@@ -215,13 +225,13 @@ cross_entropy = Operation(
     f"y = Σ share ℓ, ℓ = λ − (1 − ε) z[label] − ε mean z + z_loss λ², {MATH}  Keeps the gradient "
     "itself, for ȳ = 1.",
     lambda *operands, form: jnp.sum(reference(*operands, form=form)), _summed, _summed_backward,
-    extras=("losses", "dx", "dw", "db"),
+    extras=("losses", "dx", "dw", "db"), formulation=_formulation,
 )
 cross_entropies = Operation(
     "linear_cross_entropies",
     f"y = share ℓ, ℓ = λ − (1 − ε) z[label] − ε mean z + z_loss λ², {MATH}  Logits are computed "
     "again, by chunks of rows.",
-    reference, _each, _each_backward,
+    reference, _each, _each_backward, formulation=_formulation,
 )
 register(*cross_entropy.rules, *cross_entropies.rules)
 

@@ -15,7 +15,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.devices import at_lowering
+from fbprop.core.devices import at_lowering, in_words
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
 from fbprop.rules import register
@@ -209,9 +209,17 @@ def _backward(dy, x, scale, mean, variance, *, axes, epsilon, centred, features)
 
         return run
 
-    rows_alone = axes == (x.ndim - 1,)
-    forms = {"cpu": by(_by_rows)} if rows_alone and x.size >= LARGE else {}
+    forms = {"cpu": by(_by_rows)} if _many_rows(x, axes) else {}
     return at_lowering(*arrays, default=by(_pulled), **forms)
+
+
+def _many_rows(x, axes):
+    return axes == (x.ndim - 1,) and x.size >= LARGE
+
+
+def _formulation(site):
+    by_rows = _many_rows(site.in_avals[0], dict(site.params["static"])["axes"])
+    return in_words(site.platform, "row by row", "cpu") if by_rows else ""
 
 
 def _pulled(form, scale, dy, x, mean, variance):
@@ -259,5 +267,6 @@ normalize = Operation(
     "y = h scale + bias, h = (x − μ) r, r = 1 / √(σ² + ε) over axes;  x̄ = r (g − Σ g / n − "
     "h Σ g h / n), g = ȳ scale, scale̅ = Σ ȳ h, bias̅ = Σ ȳ; of RMS norm without μ and Σ g / n.",
     reference, _forward, _backward, extras=("mean", "variance"),
+    formulation=_formulation,
 )
 register(*normalize.rules)

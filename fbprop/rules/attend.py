@@ -194,14 +194,18 @@ def formulation(site) -> str:
     """For `fbprop.explain`."""
     types = iter(site.in_avals)
     x = Operands(*(next(types) if g else None for g in site.params["given"]))
-    return _formulation(dict(site.params["static"])["form"], x)
+    return _formulation(dict(site.params["static"])["form"], x, site.platform)
 
 
-def _formulation(form, x):
-    said = ["by blocks of queries"]
+def _formulation(form, x, only):
+    """Of every platform, or of the ``only`` one that is asked about."""
+    said = ["head by head, " * (only == "cpu") + "by blocks of queries"]
     for platform, device, kernel in (("cuda", "CUDA", "cuDNN"), ("tpu", "TPU", "Pallas")):
         why = refused(form, x, platform)
-        said.append(f"not {kernel}: {why}" if why else f"{kernel} on {device}")
+        if only == platform and not why:
+            return kernel
+        if only in (None, platform):
+            said.append(f"not {kernel}: {why}" if why else f"{kernel} on {device}")
     return "; ".join(said)
 
 
@@ -222,7 +226,7 @@ class DotProductAttention(Rule):
 
     def formulation(self, site):
         types = jax.eval_shape(self._grouped, *site.in_avals)
-        return _formulation(self._form(site), Operands(*types))
+        return _formulation(self._form(site), Operands(*types), site.platform)
 
     def _form(self, site):
         scale, causal = site.params["scale"], site.params["is_causal"]

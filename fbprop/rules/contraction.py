@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
+from fbprop.core.devices import in_words
 from fbprop.core.factored import Contraction, exchanged
 from fbprop.core.jaxcompat import explicit_sharding
 from fbprop.core.rule import Pullbacks, pair
@@ -79,8 +80,11 @@ class Product(Pullbacks):
             "ā": _dot_general_a(dy, b, a_aval=a, **params).formulation(),
             "b̄": _dot_general_b(dy, a, b_aval=b, **params).formulation(),
         }
-        wanted = [f"{x} {how}" for (x, how), r in zip(found.items(), site.reached) if r and how]
-        return ", ".join(wanted)
+        said = [
+            (x, in_words(site.platform, how, "cpu"))
+            for (x, how), r in zip(found.items(), site.reached) if r and how
+        ]
+        return ", ".join(f"{x} {how}" for x, how in said if how)
 
 
 def _ragged(site, kept, dy):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.core.devices import by_devices, by_platform
+from fbprop.core.devices import by_devices, by_platform, in_words
 from fbprop.core.fallback import jax_step
 from fbprop.core.jaxcompat import bind, explicit_sharding, varying_like
 from fbprop.core.precision import at_least_float32
@@ -62,7 +62,13 @@ class Convolution(Pair):
     """
 
     def formulation(self, site):
-        return "jax.vjp" if _in_types(site) else Problem(site).chosen
+        if _in_types(site):
+            return "jax.vjp"
+        problem = Problem(site)
+        if site.platform is None or problem.chosen == "matmul" or problem.batch_groups > 1:
+            return problem.chosen
+        forms = {"taps": "taps", "convolution": "convolution, w̄ some images at a time"}
+        return in_words(site.platform, forms[problem.chosen], "cpu", "convolution")
 
     def prepare(self, site):
         if _in_types(site):

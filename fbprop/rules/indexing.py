@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core import scatter
+from fbprop.core.devices import in_words
 from fbprop.core.factored import Rows
 from fbprop.core.rule import Pair, Rule, Step, pair
 
@@ -62,7 +63,8 @@ class Gather(Pair):
 
     def formulation(self, site):
         (x, indices), (y,) = site.in_avals, site.out_avals
-        return scatter.formulation(x, indices.shape, y.shape, *_transposed(site.params))
+        form = scatter.formulation(x, indices.shape, y.shape, *_transposed(site.params))
+        return form and in_words(site.platform, form, "cuda")
 
 
 def _gather(site, kept, dy):

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.devices import by_platform
+from fbprop.core.devices import by_platform, in_words
 from fbprop.core.factored import Rows
 from fbprop.core.precision import at_least_float32
-from fbprop.core.rule import Rule, Step, broadcasting, elementwise
+from fbprop.core.rule import Pullbacks, Rule, Step, broadcasting, elementwise
 from fbprop.rules.cumulative import below
 from fbprop.rules.direction import direction
 
@@ -64,6 +64,14 @@ def _softmax(dy, out, *, axis):
 
     total = by_platform(dy, out, cpu=if_need_be, default=masked)
     return _where_positive(out, out * (dy + total))
+
+
+class Softmax(Pullbacks):
+    """Its backward pass is in two forms."""
+
+    def formulation(self, site):
+        form = "summed as it stands, again if not finite"
+        return in_words(site.platform, form, "cpu", "summed masked") if site.platform else ""
 
 
 def _where_positive(out, x):
@@ -208,10 +216,10 @@ RULES = [
         "y = x σ(x);  x̄ = ȳ (σ + x σ (1 − σ)), also at ±∞.  Keeps x.",
         silu_pullback,
     ),
-    elementwise(
+    Softmax(
         "jax.nn.softmax",
         "y = eˣ / Σ eˣ along axis;  x̄ = y (ȳ − Σ ȳ y), 0 where y = 0.  Keeps y.",
-        _softmax,
+        {"x": _softmax},
     ),
     LogSoftmax("jax.nn.log_softmax", "y = x − log Σ eˣ along axis;  x̄ = ȳ − eʸ Σ ȳ."),
     Variance(
