@@ -163,7 +163,7 @@ def test_what_direct_feedback_cannot_serve():
     cell = nn.lstm(3, last=True)
     params = cell.init(jax.random.key(0), x[None])
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match="got a product with 'kernel' in a loop or a branch"):
+    with pytest.raises(ValueError, match="got a product with 'kernel' in a loop, a branch"):
         method.init(key, lambda p, x: jnp.sum(cell.apply(p, x)), params, x[None])
     with pytest.raises(ValueError, match="got 'w' in 2 products expected one"):
         method.init(key, lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["w"]), {"w": w}, x)

@@ -94,7 +94,7 @@ def queried(params, x):
 
 
 def custom(params, x):
-    product = jax.custom_vjp(jnp.matmul)
+    product = jax.custom_vjp(lambda x, w: jnp.tanh(x @ w))
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, dy: (dy @ kept[1].T, kept[0].T @ dy))
     return jnp.sum(product(x, params["w"]))
 

@@ -130,6 +130,78 @@ def test_difference_target_propagation_is_the_papers_formula(x64):
                                     "bias": c - rate * delta.sum(0)}])
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_difference_reconstruction_is_the_papers_formula(x64, direct):
+    step, rate, noise, damping = 0.3, 0.2, 0.1, 0.7
+    direction, memory, new = run(learning.difference_reconstruction(
+        LAYERS, criterion, direct=direct, step=step, rate=rate, noise=noise, damping=damping
+    ))
+    h, feedback = forward(PARAMS, X), jax.tree.map(np.array, memory["feedback"])
+    v, c = ([f[k] for f in feedback] if k in feedback[0] else None for k in ("kernel", "bias"))
+    slopes = [None, 1 - h[1] ** 2, 1 - h[2] ** 2]
+
+    def sent(out, layer):
+        """The target of a layer's result, 1 or 2, and what its feedback reads for it."""
+        if direct:
+            return h[layer] + (out - h[3]) @ v[layer - 1], None
+        above, was = out, h[3]
+        for i in range(2, layer - 1, -1):
+            read, before = above, was
+            above = h[i] + np.tanh(read @ v[i - 1] + c[i - 1]) - np.tanh(was @ v[i - 1] + c[i - 1])
+            was = h[i]
+        return above, (read, before)
+
+    for i in (1, 2):
+        target, _ = sent(h[3] - step * (h[3] - Y), i)
+        assert_close(direction[i - 1], h[i - 1].T @ ((h[i] - target) * slopes[i]) / step / 7)
+    assert_close(direction[2], h[2].T @ (h[3] - Y) / 7)
+    keys = jax.random.split(memory["key"], 4)
+    assert new["key"] == keys[0]
+    for i in (1, 2):
+        one, other = jax.random.split(keys[i])
+        near = h[i] + noise * np.array(jax.random.normal(one, h[i].shape))
+        out = (np.tanh(near @ PARAMS[1]) if i == 1 else near) @ PARAMS[2]
+        moved = h[3] + noise * np.array(jax.random.normal(other, h[3].shape))
+        dv, dc = 0.0, 0.0
+        for u, wanted, weight in ((out, near, 1.0), (moved, h[i], damping)):
+            target, read = sent(u, i)
+            off = 2 * weight * (target - wanted) / noise**2 / 7
+            if direct:
+                dv = dv + (u - h[3]).T @ off
+                continue
+            for r, sign in zip(read, (1, -1)):
+                back = sign * off * (1 - np.tanh(r @ v[i - 1] + c[i - 1]) ** 2)
+                dv, dc = dv + r.T @ back, dc + back.sum(0)
+        expected = {"kernel": v[i - 1] - rate * dv}
+        if not direct:
+            expected["bias"] = c[i - 1] - rate * dc
+        assert_close(new["feedback"][i - 1], expected)
+
+
+def test_difference_reconstruction_comes_to_rest_at_damped_gauss_newton_targets(x64):
+    """Of linear layers, V = (JJᵀ + λ)⁻¹ J: there the mean step over noise is 0."""
+    layers, damping = [lambda p, h: h @ p] * 3, 0.7
+    jacobians = [(PARAMS[1] @ PARAMS[2]).T, PARAMS[2].T]
+    at_rest = [np.linalg.solve(j @ j.T + damping * np.eye(3), j) for j in jacobians]
+
+    def linear(params, x, y):
+        return criterion(x @ params[0] @ params[1] @ params[2], y)
+
+    method = learning.difference_reconstruction(layers, criterion, rate=1.0, damping=damping)
+
+    @jax.jit
+    @jax.vmap
+    def moved(key):
+        memory = {"feedback": [{"kernel": v} for v in at_rest], "key": key}
+        _, new = method.value_and_grad(linear)(PARAMS, X, Y, memory=memory)
+        return [new["feedback"][i]["kernel"] - v for i, v in enumerate(at_rest)]
+
+    for step in moved(jax.random.split(KEY, 1000)):
+        error = np.std(step, 0) / np.sqrt(1000)
+        assert np.all(np.abs(np.mean(step, 0)) < 5 * error)
+        assert np.max(error) < 0.1
+
+
 def test_predictive_coding_settles_as_the_paper_says(x64):
     steps, rate, beta = 3, 0.2, 0.7
     direction, *_ = run(learning.predictive_coding(
@@ -220,6 +292,8 @@ def test_errors():
         learning.predictive_coding(LAYERS, criterion, steps=0)
     with pytest.raises(ValueError, match="a step away, got step=0"):
         learning.difference_target_propagation(LAYERS, criterion, step=0)
+    with pytest.raises(ValueError, match="noise of some size, got noise=0, damping=0.1"):
+        learning.difference_reconstruction(LAYERS, criterion, noise=0)
     with pytest.raises(ValueError, match=r"first numbers, got inputs \[7, 2\] expected"):
         learning.forward_forward_scores(LAYERS, PARAMS, X[:, :2], 3)
     two = [lambda p, h: jnp.tanh(h @ p) @ p.T, lambda p, h: h @ p]

@@ -8,7 +8,8 @@ A rule is data, as an optimiser is: `Method.init` makes its memory from a key, a
   `direct_kolen_pollack`. Of any network, whatever package wrote it.
 * No way back: `forward_gradient`, `activity_forward_gradient`, `evolution_strategy`.
 * One layer at a time, of a list of layers: `greedy`, `forward_forward`, `pepita`,
-  `difference_target_propagation`, `predictive_coding`; of an energy: `equilibrium_propagation`.
+  `difference_target_propagation`, `difference_reconstruction`, `predictive_coding`; of an energy:
+  `equilibrium_propagation`.
 * Hybrids: `by_path`, `blend`. How good a direction is: `alignment`.
 * Derivatives of steps, signs and rounding: `surrogate`, `step`, `one_hot_argmax`.
 """
@@ -17,6 +18,7 @@ from fbprop.learning.activity import activity_forward_gradient
 from fbprop.learning.alignment import Alignment, alignment
 from fbprop.learning.blend import blend
 from fbprop.learning.by_path import by_path
+from fbprop.learning.difference_reconstruction import difference_reconstruction
 from fbprop.learning.direct import direct_feedback_alignment, direct_kolen_pollack
 from fbprop.learning.energy import equilibrium_propagation, predictive_coding, settle
 from fbprop.learning.feedback import Feedback
@@ -31,8 +33,9 @@ from fbprop.learning.target_propagation import difference_target_propagation
 
 __all__ = [
     "Alignment", "Feedback", "Method", "activity_forward_gradient", "alignment", "backprop",
-    "blend", "by_path", "difference_target_propagation", "direct_feedback_alignment",
-    "direct_kolen_pollack", "equilibrium_propagation", "evolution_strategy",
+    "blend", "by_path", "difference_reconstruction", "difference_target_propagation",
+    "direct_feedback_alignment", "direct_kolen_pollack", "equilibrium_propagation",
+    "evolution_strategy",
     "feedback_alignment", "forward_forward", "forward_forward_scores", "forward_gradient",
     "greedy", "kolen_pollack", "one_hot_argmax", "pepita", "predictive_coding",
     "product_feedback", "settle", "sign_symmetry", "step", "surrogate", "weight_mirror",

@@ -11,7 +11,7 @@ from fbprop.core import jaxcompat as jc
 from fbprop.learning.method import Method
 from fbprop.learning.perturbation import averaged, check_real, check_samples, start, times
 from fbprop.learning.sweep import traced, uses_of
-from fbprop.learning.trace import BRANCH, LOOP, said
+from fbprop.learning.trace import BRANCH, LOOP, SHARDS, said
 from fbprop.reverse import grad
 
 
@@ -21,8 +21,8 @@ def activity_forward_gradient(
     """Forward gradients with noise on activities: ȳ ≈ (∇L · u) u, and W̄ = xᵀ ȳ; E W̄ = ∇L.
 
     u is normal noise on every product of data with a weight, y = x W + u, and on parameters that
-    are in no such product, or in one in a loop or a branch: all of them at once. There are fewer
-    activities than weights where the batch is small, and then the variance is less.
+    are in no such product, or in one in a loop, a branch or a ``shard_map``: all of them at once.
+    There are fewer activities than weights where the batch is small, and then the variance is less.
 
     | stored | a random key |
     |---|---|
@@ -80,7 +80,7 @@ class Noise:
     def __init__(self, loss, params, leaves, has_aux):
         self.loss, self.leaves, self.has_aux = loss, leaves, has_aux
         uses = uses_of(loss, params, range(len(leaves)))
-        inner = {i for u in uses if LOOP in u.place or BRANCH in u.place for i in u.leaves}
+        inner = {i for u in uses if {LOOP, BRANCH, SHARDS} & {*u.place} for i in u.leaves}
         self.uses = {repr(u.place): u for u in uses if not inner & u.leaves}
         self.outer = {i for use in self.uses.values() for i in use.leaves}
 

@@ -16,7 +16,7 @@ from fbprop.learning.method import Method
 from fbprop.learning.names import check_memory
 from fbprop.learning.pieces import in_pieces
 from fbprop.learning.sweep import Loss, Use, traced, uses_of
-from fbprop.learning.trace import BRANCH, LOOP
+from fbprop.learning.trace import BRANCH, LOOP, SHARDS
 from fbprop.reverse import grad, value_and_grad
 
 
@@ -28,6 +28,11 @@ def direct_feedback_alignment(*, scale: float = 1.0, recompute: bool = False) ->
     like of the next layer sends back through activations, biases and whatever else is between.
     Nothing waits for the layers above. Leading dimensions (examples, tokens) that ē and x share
     stay apart; the others are those of B, [sizes of ē's rest, of x's rest].
+
+    The paper's layers stand in a row, each with a weight of its own that it uses once. What ē of
+    one time step would be to another one of a recurrent cell, or to either place of a weight used
+    twice, it does not say, and to add up all of ē for each would be another rule: both are refused,
+    and `feedback_alignment`, which follows the network, serves them.
 
     | stored | of each product but those of a first layer | B |
     |---|---|---|
@@ -45,8 +50,8 @@ def direct_feedback_alignment(*, scale: float = 1.0, recompute: bool = False) ->
         memory and 1.04 of its operations. For chains of layers.
 
     Raises:
-      ValueError: a product in a loop or a branch, a weight used twice, a layer's input that shares
-        no leading dimension with the output's error, or no chain to recompute.
+      ValueError: a product in a loop, a branch or a ``shard_map``, a weight used twice, a layer's
+        input that shares no leading dimension with the output's error, or no chain to recompute.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -158,11 +163,11 @@ def layers(loss: Loss, params) -> tuple[list[Use], Use]:
             "without one: use learning.backprop()."
         )
     for use in uses:
-        if LOOP in use.place or BRANCH in use.place:
+        if {LOOP, BRANCH, SHARDS} & {*use.place}:
             raise ValueError(
                 "Every layer's input meets the output's error, got a product with "
-                f"{name_of(use, loss)!r} in a loop or a branch: use learning.backprop() or "
-                "learning.feedback_alignment() for it."
+                f"{name_of(use, loss)!r} in a loop, a branch or a shard_map: use "
+                "learning.backprop() or learning.feedback_alignment() for it."
             )
     names = [name_of(use, loss) for use in uses]
     if twice := [n for n in names if names.count(n) > 1]:

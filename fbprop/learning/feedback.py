@@ -14,6 +14,7 @@ from fbprop.core.table import Table
 from fbprop.learning.method import Method
 from fbprop.learning.names import check_memory, names_of
 from fbprop.learning.noise import reflected
+from fbprop.learning.own_derivative import CUSTOM, fed_by_its_own
 from fbprop.learning.product import fed, with_feedback
 from fbprop.learning.sweep import Loss, traced, uses_of
 from fbprop.reverse import value_and_grad
@@ -31,7 +32,11 @@ class Feedback(Method):
       reflect: ``(state, seen) -> state``, if it learns from ``seen``, an estimate of w by noise
         (`weight_mirror`); the state then has a random key.
 
-    Weights that meet only data that depend on no parameter, those of a first layer, need none.
+    Weights that meet only data that depend on no parameter, those of a first layer, need none. In a
+    `jax.shard_map` each device's part of a weight has the same part of its feedback weight. Of a
+    `jax.custom_vjp` or `jax.custom_jvp` that is linear in data and in a weight, its first two
+    operands, the error comes by its own derivative at the feedback weight; one that does more is
+    refused, as its backward pass may read the weight anywhere.
 
     Example: feedback by the weight's transpose, which is backpropagation.
       >>> import jax, jax.numpy as jnp
@@ -100,7 +105,8 @@ def direction(loss: Loss, has_aux, options, params, methods, which, memories):
                 f"{loss.names[min(missing)]!r}, a weight here: make it with "
                 "method.init(key, loss, params, *args) for this loss."
             )
-        return fed(eqn, arrays, at, values[at].feedback)
+        send = fed_by_its_own if eqn.primitive.name in CUSTOM else fed
+        return send(eqn, arrays, at, values[at].feedback)
 
     def fed_loss(params):
         return loss.result(tree_leaves(params), product, feedback)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fbprop.core import jaxcompat as jc
 from fbprop.learning.sweep import Loss
+from fbprop.learning.trace import PRODUCTS, SHARDS, said
 from fbprop.reverse import grad
 
 
@@ -46,6 +47,13 @@ def _seen(loss, leaves, keys):
             outs = jc.bind(eqn, arrays)
             if not weight.is_weight or not x.mark.leaves:
                 return outs
+            if SHARDS in place or eqn.primitive.name not in PRODUCTS:
+                raise ValueError(
+                    "A mirror sends noise through plain products, whole on each device, got "
+                    f"{said(eqn)} "
+                    f"{'in a shard_map' if SHARDS in place else 'with its own derivative'}: use "
+                    "learning.feedback_alignment() for its parameters."
+                )
             of[repr(place)] = min(weight.leaves)
             key = jax.random.fold_in(keys[min(weight.leaves)], zlib.crc32(repr(place).encode()))
             arrays[1 - at] = jax.random.normal(key, x.array.shape, x.array.dtype)

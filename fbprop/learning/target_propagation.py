@@ -58,18 +58,13 @@ def difference_target_propagation(
       [(4, 4)]
     """
     layers = check_layers(layers)
-    if not step > 0:
-        raise ValueError(f"Targets are a step away, got step={step} expected above 0, as 0.1.")
+    check_step(step)
 
     def init(key, params, x, y):
         h = jax.eval_shape(lambda p, x: activities(layers, p, x), params, x)[1:-1]
         keys = jax.random.split(key, len(layers) + 1)
-        inverses = [_inverse(k, above, below) for k, below, above in zip(keys, h, h[1:])]
+        inverses = [inverse(k, above, below) for k, below, above in zip(keys, h, h[1:])]
         return {"inverses": inverses, "key": keys[-1]}
-
-    def decoded(g, h, like):
-        flat = activation(h.reshape(h.shape[0], -1) @ g["kernel"] + g["bias"])
-        return flat.reshape(like.shape)
 
     def direction(params, x, y, memory, options):
         h, n = activities(layers, params, x), x.shape[0]
@@ -86,22 +81,34 @@ def difference_target_propagation(
             found.append(grad(local, **options)(params[i]))
             if i:
                 g = memory["inverses"][i - 1]
-                here = h[i] + decoded(g, target, h[i]) - decoded(g, h[i + 1], h[i])
+                up, was = (decoded(activation, g, u, h[i]) for u in (target, h[i + 1]))
                 inverses.append(taught(g, keys[i], h[i], layers[i], params[i], options))
-                target = here
+                target = h[i] + up - was
         return found[::-1], {"inverses": inverses[::-1], "key": key}
 
     def taught(g, key, h, layer, p, options):
         h = h + jnp.asarray(noise, h.dtype) * jax.random.normal(key, h.shape, h.dtype)
         above = lax.stop_gradient(layer(p, h))
-        off = lambda g: jnp.sum(jnp.square(decoded(g, above, h) - h)) / h.shape[0]
+        off = lambda g: jnp.sum(jnp.square(decoded(activation, g, above, h) - h)) / h.shape[0]
         moved = grad(off, **options)(g)
         return tree_map(lambda v, d: v - jnp.asarray(rate, v.dtype) * d, g, moved)
 
     return layered(layers, init, direction, split)
 
 
-def _inverse(key, above, below):
+def check_step(step):
+    if not step > 0:
+        raise ValueError(f"Targets are a step away, got step={step} expected above 0, as 0.1.")
+
+
+def decoded(activation, g, h, like):
+    """g(h) = φ(h V + c), in the form of ``like``."""
+    flat = activation(h.reshape(h.shape[0], -1) @ g["kernel"] + g["bias"])
+    return flat.reshape(like.shape)
+
+
+def inverse(key, above, below):
+    """V and c, at first, of a way from one layer's result to another's."""
     n, m = (h.size // h.shape[0] for h in (above, below))
     v = jax.random.normal(key, (n, m), above.dtype) / jnp.sqrt(jnp.asarray(n, above.dtype))
     return {"kernel": v, "bias": jnp.zeros(m, above.dtype)}

@@ -15,17 +15,20 @@ from jax import lax
 from fbprop import rules as _rules
 from fbprop.core import jaxcompat as jc
 from fbprop.core.operation import Operation
+from fbprop.learning.own_derivative import CUSTOM, is_product
 from fbprop.learning.value import CONSTANT, KINDS, Mark, Value, joined
 from fbprop.rules.control import choose
+from fbprop.rules.shard import mapped
 
-LOOP, BRANCH = "loop", "branch"
+LOOP, BRANCH, SHARDS = "loop", "branch", "shards"
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 # Linear in all operands together.
 LINEAR = frozenset((
-    "add", "add_any", "concatenate", "convert_element_type", "copy", "copy_p", "expand_dims",
-    "broadcast_in_dim", "cumsum", "imag", "name", "neg", "optimization_barrier", "pad", "pvary",
-    "real", "reduce_precision", "reduce_sum", "reshape", "rev", "sharding_constraint", "slice",
-    "split", "squeeze", "stop_gradient", "sub", "transpose", "reshard",
+    "add", "add_any", "all_gather", "all_gather_invariant", "all_to_all", "broadcast_in_dim",
+    "concatenate", "convert_element_type", "copy", "copy_p", "cumsum", "expand_dims", "imag",
+    "name", "neg", "optimization_barrier", "pad", "ppermute", "psum", "psum_invariant", "pvary",
+    "real", "reduce_precision", "reduce_scatter", "reduce_sum", "reshape", "reshard", "rev",
+    "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "sub", "transpose",
 ))
 # Linear in the operands of these numbers; the others choose, or scale.
 LINEAR_IN = {
@@ -41,7 +44,7 @@ class Trace:
     ``values`` are the equation's operands, that at ``at`` the weight; ``place`` says where the
     equation stands: its number, after those of the equations around it. It returns a list of
     arrays, or that and a note, which is found in `noted`: those of a loop's steps stacked. A
-    ``place`` in a loop has LOOP in it, in a branch BRANCH.
+    ``place`` in a loop has LOOP in it, in a branch BRANCH, in a ``shard_map`` SHARDS.
 
     Args:
       consts: the mark of arrays that the loss closes over.
@@ -73,17 +76,23 @@ class Trace:
         if name in CALLS or (self.every and name in ("remat2", "checkpoint")):
             with jc.equation_context(eqn):
                 return _call(eqn, values, lambda values: self.run(inner[0], values, place))
-        run = {"scan": self.scan, "cond": self.cond, "remat2": self.remat, "checkpoint": self.remat}
+        run = {"scan": self.scan, "cond": self.cond, "shard_map": self.shards,
+               "remat2": self.remat, "checkpoint": self.remat}
         if name in run and has_products(eqn):
             with jc.equation_context(eqn):
                 return run[name](eqn, [*map(_as_array, values)], place)
         if (plain := plain_form(eqn)) is not None and _multiplies(plain):
             with jc.equation_context(eqn):
                 return self.run(plain, values, place)
-        if inner and name != "while" and has_products(eqn) and self.is_served(marks):
+        if not inner or name == "while" or not has_products(eqn):
+            return linear(eqn, values) or bound(eqn, values)
+        if name in CUSTOM and is_product(eqn, LINEAR, LINEAR_IN, PRODUCTS):
+            return self.multiply(eqn, values, place)
+        if self.is_served(marks):
             raise ValueError(
                 f"A learning rule reaches the products inside a function, got {said(eqn)}, whose "
-                "derivative or devices are its own: use learning.backprop() for its parameters."
+                "derivative is its own and may read the weight anywhere; expected one that is "
+                "linear in data and in weight: use learning.backprop() for its parameters."
             )
         return linear(eqn, values) or bound(eqn, values)
 
@@ -144,11 +153,8 @@ class Trace:
         branches = eqn.params["branches"]
         runs = [self.inside(b, (*place, BRANCH, k)) for k, b in enumerate(branches)]
         shapes = [jax.eval_shape(run, operands) for run in runs]
-        if any(noted for _, noted in shapes):
-            raise ValueError(
-                f"This learning rule notes the products of every step, got {said(eqn)} around "
-                "one: use learning.backprop() for its parameters."
-            )
+        for _, noted in shapes:
+            _check_unnoted(eqn, noted)
         marks = [joined(o.mark for o in outs) for outs in zip(*(outs for outs, _ in shapes))]
         marks = [_chosen(m, index.mark) for m in marks]
 
@@ -156,6 +162,17 @@ class Trace:
             return lambda operands: [o.marked(m) for o, m in zip(run(operands)[0], marks)]
 
         return choose(eqn.params, index.array, [*map(branch, runs)], operands)
+
+    def shards(self, eqn, values, place):
+        """A device's part of a weight is fed through the same part of its feedback weight."""
+        run = self.inside(eqn.params["jaxpr"], (*place, SHARDS))
+
+        def body(*values):
+            outs, noted = run(list(values))
+            _check_unnoted(eqn, noted)
+            return outs
+
+        return mapped(eqn, body, eqn.params["in_specs"], list(eqn.params["out_specs"]))(*values)
 
     def scan(self, eqn, values, place):
         p, (n_consts, n_carry) = eqn.params, jc.scan_sizes(eqn.params)
@@ -185,6 +202,14 @@ class Trace:
         )
         self.noted |= noted
         return [*carry, *ys]
+
+
+def _check_unnoted(eqn, noted):
+    if noted:
+        raise ValueError(
+            f"This learning rule notes the products of every step, got {said(eqn)} around "
+            "one: use learning.backprop() for its parameters."
+        )
 
 
 def _as_array(value):
