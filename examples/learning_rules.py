@@ -3,6 +3,7 @@
     python examples/learning_rules.py                          # digits; 6 minutes
     python examples/learning_rules.py --data FOLDER            # Fashion-MNIST or MNIST, four files
     python examples/learning_rules.py --method direct,pepita --seeds 1 --plot rules.png
+    python examples/learning_rules.py --data FOLDER --network lenet --epochs 10    # as published
 
 For every rule and network: test accuracy after training (mean and range over seeds; the last
 network's, none is chosen by the test images), the cosine between the rule's direction and the
@@ -49,7 +50,28 @@ def deep(kind):
                           nn.tanh()) for _ in range(12)] + [nn.dense(10)]
 
 
+def lenet(kind):
+    """BioTorch's for MNIST, whose authors published errors of five rules on Fashion-MNIST."""
+    pool = nn.max_pool()
+    return [nn.sequential(nn.conv(6, 5, padding=((2, 2), (2, 2))), nn.relu()),
+            nn.sequential(pool, nn.conv(16, 5, padding="VALID"), nn.relu()),
+            nn.sequential(pool, nn.conv(120, 5, padding="VALID"), nn.relu(), nn.flatten()),
+            nn.dense(84), nn.dense(10)]
+
+
+def wide(kind):
+    """784-1000-10, of feedback alignment's paper."""
+    return [nn.sequential(nn.flatten(), nn.dense(1000), nn.relu()), nn.dense(10)]
+
+
+def goodness(kind):
+    """Four layers of 2000, of forward-forward's paper; the last is no layer of that rule."""
+    return [nn.sequential(nn.flatten(), nn.dense(2000), nn.relu()),
+            *[nn.sequential(nn.dense(2000), nn.relu())] * 3, nn.dense(10)]
+
+
 NETWORKS = {"mlp": mlp, "convnet": convnet, "deep": deep}
+PUBLISHED = {"lenet": lenet, "wide": wide, "goodness": goodness}  # if asked for, of 28 x 28 images
 
 
 def criterion(logits, labels):
@@ -66,7 +88,8 @@ def flat(images):
 
 def rules(applies):
     """Name -> (rule, learning rate, networks)."""
-    both, dense, every = ("mlp", "convnet"), ("mlp",), ("mlp", "convnet", "deep")
+    dense = ("mlp", "wide", "goodness")
+    both, every = (*dense, "convnet", "lenet"), (*dense, "convnet", "lenet", "deep")
     back = learning.backprop()
     again = learning.direct_feedback_alignment(recompute=True)
     lower = learning.greedy(applies, criterion, 10, rate=0.03, split=split)
@@ -74,6 +97,8 @@ def rules(applies):
         "backprop": (back, 1e-3, every),
         "feedback": (learning.feedback_alignment(), 1e-3, both),
         "sign": (learning.sign_symmetry("fixed_random"), 1e-3, both),
+        "sign-batch": (learning.sign_symmetry("batch_random"), 1e-3, ("lenet",)),
+        "sign-uniform": (learning.sign_symmetry("uniform"), 1e-3, ("lenet",)),
         "kolen-pollack": (learning.kolen_pollack(3e-4), 1e-3, both),
         "mirror": (learning.weight_mirror(0.1), 1e-3, both),
         "product": (learning.product_feedback(3e-4), 1e-3, both),
@@ -86,6 +111,10 @@ def rules(applies):
             applies, criterion, steps=10, rate=0.2, split=split), 1e-3, both),
         "target": (learning.difference_target_propagation(applies, criterion, split=split), 1e-3,
                    dense),
+        "target-direct": (learning.difference_reconstruction(applies, criterion, split=split), 1e-3,
+                          dense),
+        "target-chain": (learning.difference_reconstruction(
+            applies, criterion, direct=False, split=split), 1e-3, dense),
         "forward-forward": (learning.forward_forward(
             applies, 10, split=lambda b, *_: (flat(b["image"]), b["label"])), 1e-3, dense),
         "pepita": (learning.pepita(applies, criterion, split=split), 3e-4, dense),
@@ -93,7 +122,7 @@ def rules(applies):
                      1e-3, both),
         "greedy-below": (learning.by_path({"0/*": lower, "*": back}), 1e-3, both),
         "direct-below": (learning.by_path({
-            "2/*": back, "*": learning.direct_feedback_alignment()}), 1e-3, both),
+            "2/*": back, "*": learning.direct_feedback_alignment()}), 1e-3, ("mlp", "convnet")),
         "direct-again": (again, 1e-3, ("deep",)),
         "again-below": (learning.by_path({"1[0-2]/*": back, "*": again}), 1e-3, ("deep",)),
     }
@@ -168,7 +197,8 @@ def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", metavar="FOLDER", help="of MNIST's or Fashion-MNIST's four files")
     parser.add_argument("--method", help="names, with commas; default: all")
-    parser.add_argument("--network", choices=sorted(NETWORKS), help="default: all")
+    parser.add_argument("--network", choices=[*NETWORKS, *PUBLISHED],
+                        help=f"default: {', '.join(NETWORKS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int)
@@ -183,6 +213,8 @@ def parse_options():
     options.method = options.method.split(",")
     if unknown := set(options.method) - set(names):
         parser.error(f"--method has no {sorted(unknown)[0]!r}: choose from {', '.join(names)}")
+    if options.network in PUBLISHED and options.data is None:
+        parser.error(f"--network {options.network} sees 28 x 28 images: --data FOLDER has them")
     if options.smoke:
         options.epochs, options.seeds, options.network = 1, 1, options.network or "mlp"
     options.epochs = options.epochs or (30 if options.data is None else 3)
@@ -216,9 +248,9 @@ def main():
     kind, *sets = read(options)
     sets = [jax.device_put(s) for s in sets]
     print(f"{'network':8s} {'rule':14s} {'accuracy':8s} {'range':15s} {'alignment':9s} memory")
-    for network, make in NETWORKS.items():
-        if options.network not in (None, network):
-            continue
+    networks = NETWORKS if options.network is None else [options.network]
+    for network in networks:
+        make = (NETWORKS | PUBLISHED)[network]
         for name in options.method:
             if network not in rules([lambda p, h: h])[name][2]:
                 continue

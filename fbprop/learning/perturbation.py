@@ -22,7 +22,7 @@ def forward_gradient(*, samples: int = 1) -> Method:
 
     | stored | a random key |
     |---|---|
-    | cost | two to three times the loss per sample, backpropagation's about three; no memory |
+    | cost | two to three times the loss per sample, backpropagation's about three; memory for v |
 
     Source: Baydin et al. 2022 (Gradients without backpropagation, arXiv 2202.08587).
 
