@@ -34,7 +34,7 @@ for _rule, _method in METHODS.items():
     register(f"mlp_{_rule}", lambda method=_method: method(RELU), mlp_problem, *MLP)
 for _rule in ("greedy", "pepita"):
     register(f"deep_{_rule}", lambda method=METHODS[_rule]: method(TANH), deep_problem,
-             [], [(256, 128)], [(1024, 256)])
+             [(3, 5)], [(256, 128)], [(1024, 256)])
 
 
 def energy(params, s, x):
