@@ -1,11 +1,11 @@
-"""An autoencoder of handwritten digits: K-FAC needs a fraction of Adam's steps.
+"""An autoencoder of handwritten digits: K-FAC and SOAP need a fraction of Adam's steps.
 
     python examples/autoencoder.py            # how many steps each takes to Adam's loss
     python examples/autoencoder.py --plot curves.png
 
 Every batch is all 1,437 training images. Adam's learning rate is the best of six; it runs for all
-steps, its rate falling to 0, and K-FAC until it has reached Adam's last loss. K-FAC's curvature is
-the Gauss-Newton matrix, its Kronecker factors from one more backward sweep (random signs).
+steps, its rate falling to 0, as SOAP's does. K-FAC's curvature is the Gauss-Newton matrix, its
+Kronecker factors from one more backward sweep (random signs).
 """
 
 import argparse
@@ -41,9 +41,9 @@ def loss(params, images):
     return squared_error(network.apply(params, images), images)
 
 
-def by_adam(params, images, rate, steps):
-    """Losses of all steps; the rate falls to 0."""
-    optimizer = optim.adam(optim.cosine(rate, warmup_steps=0, total_steps=steps))
+def by_gradient(kind, params, images, rate, steps):
+    """Losses of all steps of Adam or SOAP; the rate falls to 0."""
+    optimizer = kind(optim.cosine(rate, warmup_steps=0, total_steps=steps))
 
     def step(state, _):
         params, moments = state
@@ -90,6 +90,7 @@ def parse_options():
     parser.add_argument("--learning-rate", type=float, default=0.1, help="K-FAC's")
     parser.add_argument("--damping", type=float, default=0.1)
     parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--soap-rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
@@ -105,21 +106,28 @@ def main():
     images = data.digits()[0]["image"].reshape(-1, 64)
     params = network.init(jax.random.key(options.seed), images)
     rates = RATES[3:4] if options.smoke else RATES
-    adam = jax.jit(lambda rate: by_adam(params, images, rate, options.steps))
+    adam = jax.jit(lambda rate: by_gradient(optim.adam, params, images, rate, options.steps))
     runs = {rate: adam(rate) for rate in rates}
     rate = min(runs, key=lambda rate: float(runs[rate][-1]))
     curves = {f"Adam, rate {rate:g}": runs[rate]}
     target = float(runs[rate][-1])
     print(f"Adam, rate {rate:g}: loss {target:.4f} after {options.steps} steps")
 
-    run = jax.jit(lambda: by_kfac(params, images, options, options.steps))
-    start = time.perf_counter()
-    curves["K-FAC"] = jax.block_until_ready(run())
-    seconds = time.perf_counter() - start
-    reached = jnp.flatnonzero(curves["K-FAC"] <= target)
-    after = f"after {int(reached[0])} steps" if len(reached) else "not reached"
-    print(f"K-FAC: that loss {after}; {float(curves['K-FAC'][-1]):.4f} after {options.steps} "
-          f"({seconds:.0f} s with compilation)")
+    others = {
+        "K-FAC": lambda: by_kfac(params, images, options, options.steps),
+        "SOAP": lambda: by_gradient(
+            optim.soap, params, images, options.soap_rate, options.steps),
+    }
+    if options.smoke:
+        del others["SOAP"]  # Adam's function, and five seconds to compile
+    for name, run in others.items():
+        start = time.perf_counter()
+        losses = curves[name] = jax.block_until_ready(jax.jit(run)())
+        seconds = time.perf_counter() - start
+        reached = jnp.flatnonzero(losses <= target)
+        after = f"after {int(reached[0])} steps" if len(reached) else "not reached"
+        print(f"{name}: that loss {after}; {float(losses[-1]):.4f} after {options.steps} "
+              f"({seconds:.0f} s with compilation)")
     if options.plot:
         plot(curves, options.plot)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fbprop import optim
+from fbprop import optim, train
 from fbprop.watch import curvature
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.1], [0.3, 0.7]]), "b": jnp.array([0.1, -0.2])}
@@ -77,6 +77,37 @@ class _Reference:
         scale = min(1, self.clip / length)
         self.moved = {n: self.momentum * self.moved[n] + scale * u[n] for n in u}
         return {n: np.asarray(params[n]) - 0.3 * self.moved[n] for n in u}
+
+
+def test_trains_and_resumes_with_the_same_bits(tmp_path):
+    """The curvature of every step's batch; as by hand, and as if never stopped."""
+    def of_batch(params, batch, key):
+        factors = curvature.ggn(network, squared, "kronecker", samples=1)
+        return factors(params, batch["x"], batch["y"], key=key)
+
+    loss = lambda params, batch, key: squared(network(params, batch["x"]), batch["y"])
+    batch = {"x": X, "y": Y}
+    first = jax.jit(of_batch)(PARAMS, batch, jax.random.key(5))
+    optimizer = optim.kfac(0.1, first, curvature=of_batch, every=2, damping=0.1)
+    state, step = train.init(PARAMS, optimizer), train.step(loss, optimizer)
+
+    @jax.jit
+    def by_hand(params, key):
+        gradient, now = jax.grad(loss)(params, batch, key), of_batch(params, batch, key)
+        return optimizer.update(gradient, optimizer.init(params), params, factors=now)[0]
+
+    updates = by_hand(PARAMS, jax.random.fold_in(state.key, 0))
+    state, _ = step(state, batch)
+    for name in PARAMS:
+        np.testing.assert_allclose(state.params[name], PARAMS[name] + updates[name], rtol=1e-5)
+    train.save(tmp_path / "saved", state)
+    again = train.restore(tmp_path / "saved", train.init(PARAMS, optimizer))
+    for _ in range(2):
+        (state, _), (again, _) = step(state, batch), step(again, batch)
+    for a, b in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(again.opt_state)):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="of a step's batch, got an update without one"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
 def test_without_new_factors_the_average_stays():

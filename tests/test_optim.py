@@ -21,6 +21,7 @@ ALL = {
     "lamb": optim.lamb(0.1, weight_decay=0.1),
     "adafactor": optim.adafactor(min_dim_size_to_factor=2, momentum=0.9),
     "muon": optim.muon(0.1),
+    "soap": optim.soap(0.1),
     "clipped": optim.chain(
         optim.clip_by_global_norm(1.0), optim.clip_by_leaf_norm(1.0), optim.clip_by_value(0.5),
         optim.scale(2.0), optim.sgd(0.1), optim.average_params(0.9, warmup=True),
@@ -341,6 +342,12 @@ ERRORS = {
     "muon of a vector": (
         lambda: initialised(optim.muon(0.1, matrices="*"), {"b": jnp.ones(3)}), ValueError,
         r"got a parameter of shape \(3,\) expected at least two axes",
+    ),
+    "soap": (lambda: optim.soap(0.1, decay=1.0), ValueError, "decay .* got 1.0"),
+    "soap's turns": (lambda: optim.soap(0.1, every=0), ValueError, "got every=0"),
+    "soap of a vector": (
+        lambda: initialised(optim.soap(0.1, matrices="*"), {"b": jnp.ones(3)}), ValueError,
+        "SOAP's step is for matrices",
     ),
     "decay": (lambda: optim.adamw(0.1, weight_decay=-1.0), ValueError, "got weight_decay=-1.0"),
     "clip": (lambda: optim.clip_by_global_norm(0.0), ValueError, "got max_norm=0.0 expected"),

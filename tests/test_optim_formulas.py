@@ -137,6 +137,27 @@ def muon(p, grads, nesterov=True, corrected=True, decay=0.0, mu=0.95):
     return p
 
 
+def soap(p, grads, b=0.95, decay=0.0, every=3, largest=3):
+    if p.ndim != 2:
+        return adam(p, grads, b, b)
+    turned = [n <= largest for n in p.shape]
+    average = [(1 - b) * x @ x.T for x in (grads[0], grads[0].T)]
+    first = [np.linalg.eigh(a)[1][:, ::-1] for a in average]
+    basis = [q if t else np.eye(len(q)) for q, t in zip(first, turned)]
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    p = p - RATE * decay * p
+    for t, g in enumerate(grads[1:], 1):
+        q, r = basis
+        m, v = b * m + (1 - b) * g, b * v + (1 - b) * (q.T @ g @ r) ** 2
+        u = (q.T @ m @ r) / (1 - b**t) / (np.sqrt(v / (1 - b**t)) + 1e-8)
+        p = p - RATE * (q @ u @ r.T + decay * p)
+        average = [b * a + (1 - b) * x @ x.T for a, x in zip(average, (g, g.T))]
+        if t % every == 0:
+            again = [np.linalg.qr(a @ q)[0] for a, q in zip(average, basis)]
+            basis = [new if t else old for new, old, t in zip(again, basis, turned)]
+    return p
+
+
 FORMULAS = {
     "sgd": (optim.sgd(RATE), sgd),
     "momentum": (optim.sgd(RATE, momentum=0.9), lambda p, g: sgd(p, g, 0.9)),
@@ -204,6 +225,9 @@ FORMULAS = {
     "muon, plain momentum": (
         optim.muon(RATE, nesterov=False), lambda p, g: muon(p, g, nesterov=False)
     ),
+    "soap, one side": (
+        optim.soap(RATE, every=3, largest=3, weight_decay=0.1), lambda p, g: soap(p, g, decay=0.1)
+    ),
 }
 
 
@@ -219,3 +243,15 @@ def test_ten_steps_equal_the_formula(name, x64):
         updates, state = update(g, state, got)
         got = optim.apply_updates(got, updates)
     chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_soap_turns_both_sides(x64):
+    """Of a square matrix: a side longer than the other has eigenvectors of 0 at first, any."""
+    rng = np.random.default_rng(0)
+    p, *grads = rng.normal(size=(11, 4, 4))
+    optimizer, got = optim.scale_by_soap(every=3), jnp.asarray(p)
+    state, update = optimizer.init(got), jax.jit(optimizer.update)
+    for g in grads:
+        direction, state = update(jnp.asarray(g), state)
+        got = got - RATE * direction
+    chex.assert_trees_all_close(got, soap(p, grads, largest=4), rtol=1e-11, atol=1e-14)

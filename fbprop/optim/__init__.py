@@ -34,6 +34,7 @@ from fbprop.optim.schedules import (
     warm_restarts,
 )
 from fbprop.optim.sgd import sgd
+from fbprop.optim.soap import scale_by_soap, soap
 from fbprop.optim.transform import Optimizer, scale, scale_by_learning_rate
 
 __all__ = [
@@ -43,6 +44,6 @@ __all__ = [
     "cosine", "exponential", "find_learning_rate", "freeze", "global_norm", "kfac", "lamb",
     "linear", "lion", "muon", "nadam", "one_cycle", "orthogonalize", "paths", "reduce_on_plateau",
     "rmsprop", "scale", "scale_by_adam", "scale_by_factored_rms", "scale_by_kfac",
-    "scale_by_learning_rate", "scale_by_muon", "scale_by_trust_ratio", "select", "sgd", "step",
-    "warm_restarts",
+    "scale_by_learning_rate", "scale_by_muon", "scale_by_soap", "scale_by_trust_ratio", "select",
+    "sgd", "soap", "step", "warm_restarts",
 ]

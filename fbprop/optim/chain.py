@@ -125,12 +125,15 @@ def check_optimizer(optimizer):
 def with_extra(optimizer) -> Callable:
     """Its ``update``, made to accept and drop the extra arguments it does not name."""
     parameters = inspect.signature(optimizer.update).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return optimizer.update
     names = {p.name for p in parameters}
+    all_others = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if all_others and ("of_batch" in names or isinstance(optimizer, Optimizer)):
+        return optimizer.update
 
     def update(grads, state, params=None, **extra):
-        extra = {name: value for name, value in extra.items() if name in names}
+        # Optax's line searches refuse what they do not know, as `of_batch`, fbprop's own.
+        extra = {name: value for name, value in extra.items()
+                 if name in names or (all_others and name != "of_batch")}
         return optimizer.update(grads, state, params, **extra)
 
     return update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +33,8 @@ class KfacState(NamedTuple):
 
 
 def scale_by_kfac(
-    factors, *, damping: float = 1e-3, decay: float = 0.95, every: int = 10, momentum: float = 0.9,
-    clip: float | None = 0.1,
+    factors, *, curvature: Callable | None = None, damping: float = 1e-3, decay: float = 0.95,
+    every: int = 10, momentum: float = 0.9, clip: float | None = 0.1,
 ) -> Optimizer:
     """The part of `kfac` before its learning rate; see there."""
     check_least(0, damping=damping)
@@ -50,8 +51,10 @@ def scale_by_kfac(
         _check_factors(factors, params)
         return KfacState(zero_count(), factors, inverted(factors), tree_map(zeros, params))
 
-    def update(grads, state, params=None, *, factors=None, **extra):
+    def update(grads, state, params=None, *, factors=None, of_batch=None, **extra):
         check_state(state, KfacState)
+        if factors is None and curvature is not None:
+            factors = _now(curvature, of_batch)
         averages = state.factors
         if factors is not None:
             averages = tree_map(lambda a, f: decay * a + (1 - decay) * f, averages, factors)
@@ -72,8 +75,8 @@ def scale_by_kfac(
 
 
 def kfac(
-    learning_rate, factors, *, damping: float = 1e-3, decay: float = 0.95, every: int = 10,
-    momentum: float = 0.9, clip: float | None = 0.1,
+    learning_rate, factors, *, curvature: Callable | None = None, damping: float = 1e-3,
+    decay: float = 0.95, every: int = 10, momentum: float = 0.9, clip: float | None = 0.1,
 ) -> Optimizer:
     """K-FAC (Martens and Grosse 2015, arXiv:1503.05671).
 
@@ -90,16 +93,20 @@ def kfac(
       learning_rate: α, a number or a schedule.
       factors: the curvature to start from, as `fbprop.watch.curvature.ggn` or ``fisher`` gives it
         with ``kind="kronecker"`` (``samples=1`` costs one more backward sweep).
+      curvature: ``(params, batch, key) -> factors``, called at every step of `fbprop.train.step`,
+        ``epoch`` or ``fit``, with the loss's arguments; of the whole batch, also where the
+        gradient's is worked through in pieces.
       damping, decay, momentum: see above.
       every: updates between two inversions.
       clip: largest length √(uᵀg) of a step before momentum; None: any.
 
     Returns:
       An optimiser whose ``update(grads, state, params, factors=...)`` takes the batch's factors;
-      without them the average stays.
+      without them, and without ``curvature``, the average stays.
 
     Raises:
-      ValueError: a value outside its range; TypeError: ``factors`` are not like the parameters.
+      ValueError: a value outside its range, or ``curvature`` in an ``update`` without a batch.
+      TypeError: ``factors`` are not like the parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,10 +122,19 @@ def kfac(
       [[0.5]]
     """
     return chain(
-        scale_by_kfac(factors, damping=damping, decay=decay, every=every, momentum=momentum,
-                      clip=clip),
+        scale_by_kfac(factors, curvature=curvature, damping=damping, decay=decay, every=every,
+                      momentum=momentum, clip=clip),
         scale_by_learning_rate(learning_rate),
     )
+
+
+def _now(curvature, of_batch):
+    if of_batch is None:
+        raise ValueError(
+            "K-FAC's curvature is of a step's batch, got an update without one; expected one of "
+            "fbprop.train.step, or update(grads, state, params, factors=curvature(params, ...))."
+        )
+    return of_batch(curvature)
 
 
 def _is_factor(x):

@@ -37,7 +37,8 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
         ``(params, batch, key, model_state) -> (scalar, metrics, model_state)``.
       optimizer: fbprop's or Optax's. Parameters it freezes (`fbprop.optim.freeze`) are not
         differentiated at all. One that asks for them gets ``value``, ``grad`` and ``value_fn``,
-        the loss of this batch as a function of the parameters: `optax.lbfgs`, say.
+        the loss of this batch as a function of the parameters: `optax.lbfgs`, say; and
+        ``of_batch``, ``fun -> fun(params, batch, key)`` of this step: `fbprop.optim.kfac`.
       accumulate: in how many pieces, cut along the first axis, the batch is worked through, for
         that many times less memory. The gradient is that of the whole batch for a loss that is a
         mean over examples, or `Weighted`; keys differ from piece to piece, metrics are means over
@@ -155,6 +156,7 @@ def _one_step(loss, optimizer, accumulate, compute_dtype, place, learning, align
         updates, opt_state = update_of(
             got.grads, state.opt_state, held, value=got.value, grad=dense(got.grads),
             value_fn=_value_of(lambda p: gradients(p, *given)),
+            of_batch=lambda fun: fun(state.params, place.batch(batch), key),
         )
         updates, memory = learned(learning, updates, state.params, got.learning)
         new = State(
