@@ -174,21 +174,23 @@ def test_a_mirrors_weights_are_what_noise_becomes(x64):
     memory = method.init(jax.random.key(0), loss, params, x)
     assert set(memory) == {"h", "d", "z"}
 
-    @jax.jit
-    @jax.vmap
     def seen(key):
         memory = method.init(key, loss, params, x)
         (_, direction), new = method.value_and_grad(loss)(params, x, memory=memory)
         return {k: m["b"] for k, m in new.items()}, memory, direction
 
-    found, memory, direction = seen(jax.random.split(jax.random.key(1), 300))
+    # One key after the other: convolutions with weights of each key's own are slow on a CPU.
+    run = jax.jit(lambda keys: lax.map(seen, keys))
+    keys = jax.random.split(jax.random.key(1, impl="rbg"), 300)  # which compiles in less time
+    found, memory, direction = run(keys)
     for name, b in found.items():
         error = np.std(b, axis=0).max() / np.sqrt(300)
         np.testing.assert_allclose(np.mean(b, 0), params[name], atol=5 * error)
         assert error < 0.02
     first = {k: m["b"][0] for k, m in memory.items()}
     own = learning.Feedback(lambda key, w: w, lambda b, w: (b, b))
-    (_, expected), _ = own.value_and_grad(loss)(params, x, memory=first)
+    run = jax.jit(lambda: own.value_and_grad(loss)(params, x, memory=first))
+    (_, expected), _ = run()
     assert_close(jax.tree.map(lambda d: d[0], direction), expected)
 
 
@@ -220,9 +222,14 @@ def test_a_learned_first_state_is_no_weight_and_one_carried_along_is():
     method, x = learning.feedback_alignment(), jnp.full((4, 1, 3), 0.1)
     memory = method.init(jax.random.key(0), loss, params, x)
     assert set(memory) == {"u", "z"}
-    (_, direction), _ = method.value_and_grad(loss)(params, x, memory=memory)
-    (_, own), _ = OWN.value_and_grad(loss)(params, x, memory=dict.fromkeys(memory, ()))
-    gradient = fbprop.grad(loss)(params, x)
+
+    @jax.jit
+    def three(params, x):
+        (_, direction), _ = method.value_and_grad(loss)(params, x, memory=memory)
+        (_, own), _ = OWN.value_and_grad(loss)(params, x, memory=dict.fromkeys(memory, ()))
+        return direction, own, fbprop.grad(loss)(params, x)
+
+    direction, own, gradient = three(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), own, gradient)
     assert np.max(np.abs(direction["h"] - gradient["h"])) > 1e-3
 

@@ -55,23 +55,34 @@ def test_a_surrogate_takes_the_derivatives_place_by_path(x64, name):
 
 def test_the_largest_of_several_learns_as_softmax(x64):
     x, dy = X.reshape(7, 1) * np.array([1.0, -1.0, 0.5]), np.arange(21.0).reshape(7, 3)
-    for axis in (-1, 0):
-        rules = fbprop.table.override(learning.surrogate("argmax", slope=2.0))
-        of = lambda x: jnp.sum(learning.one_hot_argmax(x, axis=axis) * dy)
-        expected = jax.grad(lambda x: jnp.sum(jax.nn.softmax(2 * x, axis) * dy))(x)
-        np.testing.assert_allclose(jax.jit(fbprop.grad(of, rules=rules))(x), expected, 1e-10)
-        assert not np.any(fbprop.grad(of)(x))
+    rules = fbprop.table.override(learning.surrogate("argmax", slope=2.0))
+
+    @jax.jit
+    def each(x):
+        def one(axis):
+            of = lambda x: jnp.sum(learning.one_hot_argmax(x, axis=axis) * dy)
+            expected = jax.grad(lambda x: jnp.sum(jax.nn.softmax(2 * x, axis) * dy))(x)
+            found = learning.one_hot_argmax(x, axis=axis)
+            return fbprop.grad(of, rules=rules)(x), expected, fbprop.grad(of)(x), found
+
+        return [one(axis) for axis in (-1, 0)]
+
+    for axis, (dx, expected, none, found) in zip((-1, 0), each(x)):
+        np.testing.assert_allclose(dx, expected, 1e-10)
+        assert not np.any(none)
         best = np.argmax(x, axis)
-        found = learning.one_hot_argmax(x, axis=axis)
         np.testing.assert_array_equal(np.argmax(found, axis), best)
         assert np.sum(found) == best.size
 
 
 def test_a_step_with_its_surrogate_built_in(x64):
-    for (shape, slope), h in SHAPES.items():
-        of = lambda x: jnp.sum(learning.step(x, shape, slope) * jnp.arange(1.0, 8.0))
-        for grad in (fbprop.grad, jax.grad):
-            np.testing.assert_allclose(grad(of)(X), h(X) * np.arange(1, 8), 1e-12)
+    def of(shape, slope):
+        return lambda x: jnp.sum(learning.step(x, shape, slope) * jnp.arange(1.0, 8.0))
+
+    run = jax.jit(lambda x: [[g(of(*s))(x) for g in (fbprop.grad, jax.grad)] for s in SHAPES])
+    for h, both in zip(SHAPES.values(), run(X)):
+        for found in both:
+            np.testing.assert_allclose(found, h(X) * np.arange(1, 8), 1e-12)
 
 
 def numpy_spikes(w, x, y, decay, threshold, slope, zero, steps):
@@ -109,13 +120,19 @@ def test_leaky_integrate_and_fire_neurons(x64, reset):
     def loss(layer):
         return lambda w: jnp.sum((layer.apply({}, x @ w) - y) ** 2)
 
-    np.testing.assert_array_equal(layer.apply({}, x @ w), spikes)
+    @jax.jit
+    def all_of_them(w):
+        same = (fbprop.grad(loss(layer))(w), jax.grad(loss(layer))(w),
+                fbprop.grad(loss(plain), rules=rules)(w))
+        padded = layer.apply({}, x @ w, lengths=jnp.array([9, 4, 0]))
+        return layer.apply({}, x @ w), same, fbprop.grad(loss(plain))(w), padded
+
+    out, same, none, padded = all_of_them(w)
+    np.testing.assert_array_equal(out, spikes)
     assert 0 < np.mean(spikes) < 1
-    for found in (fbprop.grad(loss(layer))(w), jax.grad(loss(layer))(w),
-                  fbprop.grad(loss(plain), rules=rules)(w)):
+    for found in same:
         np.testing.assert_allclose(found, dw, 1e-11, 1e-12)
-    assert not np.any(fbprop.grad(loss(plain))(w))
-    padded = layer.apply({}, x @ w, lengths=jnp.array([9, 4, 0]))
+    assert not np.any(none)
     np.testing.assert_array_equal(padded, spikes * (np.arange(9) < [[9], [4], [0]])[..., None])
 
 

@@ -76,4 +76,9 @@ def check_memory(memory, expected: dict):
 
 def _types(state):
     leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in jax.tree.leaves(state)]
-    return [f"{x.dtype.name}{list(x.shape)}" for x in leaves]
+    return [f"{_kind(x.dtype)}{list(x.shape)}" for x in leaves]
+
+
+def _kind(dtype):
+    """A type's name; random keys are of one kind, whoever makes their numbers."""
+    return "key" if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.name
