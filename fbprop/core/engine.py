@@ -89,7 +89,8 @@ class Plan:
                 continue
             site, rule = found
             if rule.takes_factored:
-                self.factored.update(dict.fromkeys(eqn.outvars, Factored))
+                form = Factored if rule.takes_factored is True else rule.takes_factored
+                self.factored.update(dict.fromkeys(eqn.outvars, form))
             site.factored = tuple(jc.is_var(v) and self.factored.get(v) for v in eqn.invars)
             step = rule.prepare(site)
             atoms = (*eqn.invars, *eqn.outvars)

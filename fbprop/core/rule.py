@@ -95,7 +95,7 @@ class Rule:
 
     broadcasts = False
     takes_zeros = False  # result cotangents may be ZERO; otherwise they are filled in
-    takes_factored = False  # they may be `fbprop.core.factored.Factored`; else evaluated
+    takes_factored = False  # they may be `fbprop.core.factored.Factored`, or this kind; else arrays
 
     def __init__(self, name: str, math: str, *sources: Callable | None):
         for what, value in (("name", name), ("mathematics", math)):

@@ -12,6 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fbprop.core import jaxcompat as jc
+from fbprop.core.factored import Rows, dense
 from fbprop.core.rule import Rule, Step
 
 
@@ -21,8 +22,11 @@ def tap(x, numbers, of):
 
 
 def seen(x, of):
-    """The statistics of an array, as floating-point arrays: such have cotangents."""
-    return [_floating(f(x)) for f in of]
+    """The statistics of an array, as floating-point arrays: such have cotangents.
+
+    A function with an attribute ``takes_rows`` gets what is `Rows` as it is.
+    """
+    return [_floating(f(x if getattr(f, "takes_rows", False) else dense(x))) for f in of]
 
 
 def _floating(x):
@@ -34,6 +38,7 @@ class Tap(Rule):
     """What passes is not touched, and nothing is kept."""
 
     takes_zeros = True
+    takes_factored = Rows
 
     def declared(self, site):
         return ()

@@ -202,7 +202,7 @@ class Program:
 
         value, pullback, record = vjp(
             tapped, leaves, blank(self.plan), has_aux=True, rules=self.table,
-            fallback=self.fallback,
+            fallback=self.fallback, factored=Rows,
         )
         gradients, back = pullback(jnp.ones_like(value))
         record = {
@@ -252,8 +252,8 @@ class Program:
 
 
 def _extents(arrays):
-    arrays = enumerate(map(jnp.asarray, arrays))
-    return {k: extent(x) for k, x in arrays if jc.differentiable(jax.typeof(x))}
+    arrays = enumerate(x if isinstance(x, Rows) else jnp.asarray(x) for x in arrays)
+    return {k: extent(x) for k, x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
 def _earlier(made):

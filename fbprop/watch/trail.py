@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core import jaxcompat as jc
+from fbprop.core.factored import Rows
 from fbprop.core.tap import tap
 from fbprop.watch.factors import wide
 from fbprop.watch.points import BODIES
@@ -23,11 +24,20 @@ from fbprop.watch.rerun import inside
 
 
 def extent(x):
-    """[smallest, largest] number of an array, of complex ones of both parts; float32 or wider."""
+    """[smallest, largest] number of an array, of complex ones of both parts; float32 or wider.
+
+    Of `Rows` that of their sums by place: of a table the other elements are 0.
+    """
+    if isinstance(x, Rows):
+        x = x.merged()
+        x = x.values if isinstance(x, Rows) else x
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag])
     x = wide(x)
     return jnp.stack([jnp.min(x), jnp.max(x)]) if x.size else jnp.zeros(2, x.dtype)
+
+
+extent.takes_rows = True
 
 
 def blank(plan, steps=()):
