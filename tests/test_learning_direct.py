@@ -65,11 +65,16 @@ def test_direct_kolen_pollack_learns_from_error_and_activity(x64):
     params, memory = PARAMS, method.init(jax.random.key(0), loss, PARAMS, X, Y)
     p, m = params, jax.tree.map(np.array, memory)
     apart = p[2]["w"] - m["2/w"].T
-    for _ in range(5):
+
+    @jax.jit
+    def step(params, memory):
         (_, direction), memory = method.value_and_grad(loss)(params, X, Y, memory=memory)
         updates = jax.tree.map(lambda d: -rate * d, direction)
         updates, memory = method.update(updates, params, memory)
-        params = fbprop.optim.apply_updates(params, updates)
+        return fbprop.optim.apply_updates(params, updates), memory
+
+    for _ in range(5):
+        params, memory = step(params, memory)
         steps, moved = by_numpy(p, m, X, Y)
         keep = lambda i, k: 1 - decay * (i > 0 and k == "w")
         p = [{k: keep(i, k) * v - rate * steps[i][k] for k, v in q.items()}
@@ -141,16 +146,19 @@ def test_a_convolutional_and_a_token_network():
     convnet = nn.sequential(nn.conv(3), nn.tanh(), nn.conv(2, stride=2), nn.tanh(), nn.flatten(),
                             nn.dense(5))
     gpt = nn.sequential(nn.embedding(10, 6), nn.dense(7), nn.dense(10))
+    method = learning.direct_feedback_alignment()
     for network, x, shapes in (
         (convnet, images, [(5, 108), (5, 18)]), (gpt, tokens, [(10, 6), (10, 7)]),
     ):
-        params = network.init(jax.random.key(0), x)
-
-        def value(params, x):
+        def value(params, x, network=network):
             return jnp.mean(network.apply(params, x) ** 2)
 
-        method = learning.direct_feedback_alignment()
-        memory = method.init(jax.random.key(1), value, params, x)
+        @jax.jit
+        def begun(x, network=network, value=value):
+            params = network.init(jax.random.key(0), x)
+            return params, method.init(jax.random.key(1), value, params, x)
+
+        params, memory = begun(x)
         assert sorted(b.shape for b in memory.values()) == sorted(shapes)
         found = learning.alignment(method, value)(params, x, memory=memory)
         assert min(jax.tree.leaves(found.cosine)) < 0.99
