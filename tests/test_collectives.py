@@ -25,12 +25,13 @@ def sent(ad, network, strategy, **options):
 
 
 CASES = [(n, s, {}) for n in NETWORKS for s in sharded.STRATEGIES] + [
-    (n, DATA_PARALLEL, {"explicit": True}) for n in (sharded.of_mlp, sharded.of_convnet)
+    (n, DATA_PARALLEL, {"explicit": True}) for n in (
+        sharded.of_mlp, sharded.explicit_gpt, sharded.of_convnet, sharded.explicit_embedding)
 ]
 
 
 @pytest.mark.parametrize(("network", "strategy", "options"), CASES,
-                         ids=lambda case: getattr(case, "__name__", str(case)))
+                         ids=lambda x: getattr(getattr(x, "func", x), "__name__", str(x)))
 def test_no_more_is_sent_than_by_jax(network, strategy, options):
     (count, sizes), (jax_count, jax_sizes) = (
         sent(ad, network, strategy, **options) for ad in (fbprop, jax)
@@ -47,3 +48,5 @@ def test_products_of_a_loop_are_sent_once_a_chunk():
     )
     assert 6 * count.total() <= jax_count.total()
     assert 7.5 * sizes.total() <= jax_sizes.total()
+    # Of mesh axes of type Explicit JAX has no gradient of it; ours sends the same.
+    assert sent(fbprop, sharded.explicit_lstm, DATA_PARALLEL, explicit=True) == (count, sizes)

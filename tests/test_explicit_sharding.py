@@ -43,6 +43,12 @@ def rows(x, w, v):
     return x.at[:, jnp.array([0, 2])].get(out_sharding=P("data", None))
 
 
+def tied(x, w, v):
+    """A table that is read by rows, under another mesh than everything else, and in a product."""
+    looked_up = w.at[jnp.array([3, 0, 0, 1])].get(out_sharding=P(None, "model"))
+    return x[:4] @ (looked_up + w)
+
+
 def pieces(x, w, v):
     left, right = jnp.split(x, 2, axis=1)
     return left * right + x[:, 1:3] * x[:, :1]
@@ -55,12 +61,12 @@ def image(x, w, v):
 
 
 @pytest.mark.parametrize("fun", [
-    product_of_sharded_dimensions, gram, loop, branch, rematerialised, rows, pieces, image,
+    product_of_sharded_dimensions, gram, loop, branch, rematerialised, rows, tied, pieces, image,
     lambda x, w, v: jax.vmap(lambda row: jnp.tanh(row @ w))(x),
     lambda x, w, v: jax.nn.log_softmax(x)[:, :2],
     lambda x, w, v: jax.reshard(x, P(None, "model")),
     lambda x, w, v: jnp.cumsum(x, 1) * jnp.where(x > 0.4, x, 0.0) + jnp.max(x, 1, keepdims=True),
-], ids=["product", "gram", "loop", "branch", "remat", "rows", "pieces", "image", "vmap",
+], ids=["product", "gram", "loop", "branch", "remat", "rows", "tied", "pieces", "image", "vmap",
         "log_softmax", "reshard", "cumsum"])
 def test_gradients_have_the_shardings_of_what_they_are_of(fun, mesh):
     def loss(x, w, v):

@@ -13,7 +13,7 @@ SIZES = {
 }
 
 
-def lstm_layer(w, u, b, xs):
+def lstm_layer(w, u, b, xs, zeros=None):
     """Hidden states (T, B, H) of an LSTM that starts from zeros; gates i, f, g, o."""
     def step(carry, x):
         h, c = carry
@@ -22,7 +22,8 @@ def lstm_layer(w, u, b, xs):
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (h, c), h
 
-    zeros = jnp.zeros((xs.shape[1], u.shape[0]), xs.dtype)
+    if zeros is None:
+        zeros = jnp.zeros((xs.shape[1], u.shape[0]), xs.dtype)
     return lax.scan(step, (zeros, zeros), xs)[1]
 
 

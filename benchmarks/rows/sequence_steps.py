@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -72,11 +74,11 @@ def gpt_params(draw, layers, T, D, V):
             "norm": (jnp.ones(D), jnp.zeros(D))}
 
 
-def gpt_loss(heads, dtype=jnp.float32):
+def gpt_loss(heads, dtype=jnp.float32, look_up=operator.getitem):
     """Next-token cross-entropy of tokens (B, T+1): computed in ``dtype``, logits in float32."""
     def loss(params, tokens):
         params = jax.tree.map(lambda p: p.astype(dtype), params)
-        x = params["tokens"][tokens[:, :-1]] + params["positions"]
+        x = look_up(params["tokens"], tokens[:, :-1]) + params["positions"]
         for block in params["blocks"]:
             x = transformer_block(block, x, heads)
         logits = normalised(x, *params["norm"]) @ params["tokens"].T

@@ -3,10 +3,14 @@
 ``data`` and ``model`` are the mesh's axes. The batch is split over ``data``; parameters are whole
 on every device, or each is split over ``model``, or over ``data`` where ``fully`` is 1. Sizes are
 large enough for values to be computed again. Rows named ``explicit`` have mesh axes of that type,
-for which JAX takes these networks as they are only where parameters are whole, and no others.
+for which JAX takes these networks only where parameters are whole, and the LSTM nowhere: it finds
+no sharding for the product of two factors that are split over ``data``, which is in its gradient.
 """
 
 from __future__ import annotations
+
+import functools
+import operator
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -30,8 +34,19 @@ def of_mlp(draw):
     return classification(mlp), dense_layers(draw, 32, 64, 64, 8), batch
 
 
-def of_gpt(draw):
-    return gpt_loss(4), gpt_params(draw, 2, 32, 32, 64), [draw.integers(64, 16, 33)]
+def looked_up(table, indices):
+    """Rows of a table, which lie where their indices do, as types with shardings need to be told.
+
+    Args:
+      indices: whose type has a sharding, over ``data``.
+    """
+    where = NamedSharding(jax.typeof(indices).sharding.mesh, P("data"))
+    return table.at[indices].get(out_sharding=where)
+
+
+def of_gpt(draw, look_up=operator.getitem):
+    loss, tokens = gpt_loss(4, look_up=look_up), draw.integers(64, 16, 33)
+    return loss, gpt_params(draw, 2, 32, 32, 64), [tokens]
 
 
 def of_convnet(draw):
@@ -39,20 +54,30 @@ def of_convnet(draw):
     return classification(resnet), resnet_params(draw, 1, 8), batch
 
 
-def of_lstm(draw):
+def of_lstm(draw, start=lambda xs: None):
     params = recurrent_weights(draw, 4, 16, 16), dense_layers(draw, 16, 8)
 
     def loss(params, xs, labels):
         cell, head = params
-        return cross_entropy(mlp(head, lstm_layer(*cell, xs.swapaxes(0, 1))), labels.T)
+        xs = xs.swapaxes(0, 1)
+        return cross_entropy(mlp(head, lstm_layer(*cell, xs, start(xs))), labels.T)
 
     return loss, params, [draw.normal(16, 32, 16), draw.integers(8, 16, 32)]
 
 
-def of_embedding(draw):
+def of_embedding(draw, look_up=operator.getitem):
     params = draw.normal(64, 32), dense_layers(draw, 32, 8)
-    loss = lambda params, words, labels: cross_entropy(mlp(params[1], params[0][words]), labels)
+
+    def loss(params, words, labels):
+        table, layers = params
+        return cross_entropy(mlp(layers, look_up(table, words)), labels)
+
     return loss, params, [draw.integers(64, 64, 8), draw.integers(8, 64, 8)]
+
+
+explicit_gpt = functools.partial(of_gpt, look_up=looked_up)
+explicit_lstm = functools.partial(of_lstm, start=lambda xs: 0 * xs[0])  # as wide as its inputs
+explicit_embedding = functools.partial(of_embedding, look_up=looked_up)
 
 
 def layout(model, fully):
@@ -120,3 +145,5 @@ _register("embedding_step", SIZES, sharded_step, of_embedding)
 EXPLICIT = {"devices": 8, **dict.fromkeys(("smoke", "small", "full"), STRATEGIES[:1])}
 _register("mlp_explicit", EXPLICIT, sharded_gradient, of_mlp, explicit=True)
 _register("convnet_explicit", EXPLICIT, sharded_gradient, of_convnet, explicit=True, **CONVNET)
+_register("gpt_explicit", EXPLICIT, sharded_gradient, explicit_gpt, explicit=True)
+_register("embedding_explicit", EXPLICIT, sharded_gradient, explicit_embedding, explicit=True)

@@ -198,10 +198,11 @@ class Engine(NamedTuple):
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):
                     if jc.is_var(v) and not ct.is_zero(din):
-                        # Added before it is evaluated: rows go into what is there already.
-                        total = ct.add(acc.get(v, ct.ZERO), din)
-                        stays = isinstance(total, plan.factored.get(v, ()))
-                        acc[v] = total if stays else ct.evaluated(total)
+                        with jc.mesh_context(v.aval):
+                            # Added before it is evaluated: rows go into what is there already.
+                            total = ct.add(acc.get(v, ct.ZERO), din)
+                            stays = isinstance(total, plan.factored.get(v, ()))
+                            acc[v] = total if stays else ct.evaluated(total)
         return [acc.get(v, ct.ZERO) for v in body.invars]
 
 

@@ -343,6 +343,14 @@ def explicit_sharding(aval, order=None):
     return jax.sharding.NamedSharding(mesh, spec)
 
 
+def mesh_context(aval):
+    """Where operations on values of this type may be: inside ``auto_axes`` the mesh is another."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def weak_like(value, aval):
     """The value as weakly or strongly typed as this type; Python numbers are weakly typed."""
     if jax.typeof(value).weak_type == aval.weak_type:
