@@ -13,7 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
 
 from fbprop import rules as _rules
 from fbprop.core.arguments import check_function, check_input, cotangent_one
@@ -76,6 +83,14 @@ def sweep(consume, loss: Callable, params, batch, has_aux=False, rules=None, at_
         as many as `BYTES` allow.
     """
     check_function(loss)
+    if sharding := next(filter(None, map(_in_types, tree_leaves(batch))), None):
+        of_each = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        # The compiler places what is between: sums over examples have no types to say where.
+        return jax.sharding.auto_axes(
+            lambda params, batch: sweep(consume, loss, params, batch, has_aux, rules, at_once),
+            out_sharding=(of_each, whole),
+        )(params, batch)
     leaves, tree = tree_flatten(params)
     paths = [keystr(path) for path, _ in tree_flatten_with_path(params)[0]]
     leaves = [jnp.asarray(p) for p in leaves]
@@ -108,10 +123,15 @@ def sweep(consume, loss: Callable, params, batch, has_aux=False, rules=None, at_
         return consume(Swept(values, forms, leaves, paths, tree))
 
     size = _at_once(len(examples[0]), parted, at_once)
-    in_types = any(explicit_sharding(jax.typeof(x)) for x in examples)
-    if size == len(examples[0]) or in_types:  # sharded batches stay whole
+    if size == len(examples[0]):
         return of_some(examples)
     return in_parts(of_some, examples, size)
+
+
+def _in_types(x):
+    """The sharding that is part of an array's type, if it is sharded over examples."""
+    sharding = explicit_sharding(jax.typeof(x)) if hasattr(x, "dtype") else None
+    return sharding if sharding is not None and any(sharding.spec[:1]) else None
 
 
 def _at_once(n, parted, asked):
