@@ -205,7 +205,7 @@ def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
 ])
 def test_the_readmes_tables_are_those_of_the_results_files(name, rows):
     root = Path(__file__).parent.parent
-    readme = (root / "benchmarks/README.md").read_text()
+    readme = (root / "benchmarks/results/README.md").read_text()
     table = command("markdown", f"benchmarks/results/{name}.json", *rows)
     assert len(table.splitlines()) > 10
     assert table in readme
