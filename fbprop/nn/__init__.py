@@ -21,6 +21,7 @@ from fbprop.nn import initializers
 from fbprop.nn.activations import elu, gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh
 from fbprop.nn.attention import attention, position_embedding
 from fbprop.nn.audio import log_mel, mel_filters
+from fbprop.nn.autoencoders import autoencoder, normal_divergence, vae
 from fbprop.nn.compose import repeated, residual, sequential
 from fbprop.nn.encoder import encoder
 from fbprop.nn.language import gpt, gru_lm, lstm_lm
@@ -37,14 +38,15 @@ from fbprop.nn.regularization import dropout
 from fbprop.nn.shapes import sequence_mask
 from fbprop.nn.spiking import leaky_integrate_and_fire
 from fbprop.nn.summary import summary
+from fbprop.nn.vision import vit
 
 __all__ = [
-    "Layer", "accuracy", "attention", "avg_pool", "batch_norm", "bidirectional", "combine",
-    "conv", "convnet", "count_parameters", "dense", "dropout", "elu", "embedding", "encoder",
-    "flatten", "function", "gelu", "global_avg_pool", "gpt", "group_norm", "gru", "gru_lm",
-    "initializers", "layer_norm", "leaky_integrate_and_fire", "leaky_relu", "load_bert",
+    "Layer", "accuracy", "attention", "autoencoder", "avg_pool", "batch_norm", "bidirectional",
+    "combine", "conv", "convnet", "count_parameters", "dense", "dropout", "elu", "embedding",
+    "encoder", "flatten", "function", "gelu", "global_avg_pool", "gpt", "group_norm", "gru",
+    "gru_lm", "initializers", "layer_norm", "leaky_integrate_and_fire", "leaky_relu", "load_bert",
     "load_gpt2", "log_mel", "lstm", "lstm_lm", "max_pool", "mean_squared_error", "mel_filters",
-    "mlp", "partition", "position_embedding", "relu", "repeated", "residual", "resnet",
-    "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu", "softmax_cross_entropy",
-    "softplus", "summary", "tanh",
+    "mlp", "normal_divergence", "partition", "position_embedding", "relu", "repeated", "residual",
+    "resnet", "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu",
+    "softmax_cross_entropy", "softplus", "summary", "tanh", "vae", "vit",
 ]

@@ -74,7 +74,7 @@ def gpt(vocabulary: int, *, layers: int, heads: int, features: int, context: int
             "gpt computes blocks again as parts of a scan, got remat=True with scan=False expected "
             "scan=True."
         )
-    block = _block(layers, heads, features, dropout, dtype)
+    block = transformer_block(layers, heads, features, dropout, dtype)
     blocks = [repeated(block, layers, remat=remat)] if scan else [block] * layers
     body = [
         embedding(vocabulary, features, dtype=dtype), position_embedding(context, dtype=dtype),
@@ -139,11 +139,12 @@ def _recurrent_lm(cell: Callable, vocabulary, features, layers, dropout, tie, dt
     return _with_logits(body, None if tie else dense(vocabulary, dtype=dtype, name="head"), name)
 
 
-def _block(layers, heads, features, dropout, dtype):
+def transformer_block(layers, heads, features, dropout, dtype, causal=True):
+    """GPT-2's block, one of ``layers``; ViT's where attention is not causal."""
     kernel_init = initializers.normal(0.02)
     out_init = initializers.normal(0.02 / math.sqrt(2 * layers))
-    attend = attention(heads, dropout=dropout, kernel_init=kernel_init, out_init=out_init,
-                       dtype=dtype)
+    attend = attention(heads, causal=causal, dropout=dropout, kernel_init=kernel_init,
+                       out_init=out_init, dtype=dtype)
     widen = dense(4 * features, kernel_init=kernel_init, dtype=dtype)
     narrow = dense(features, kernel_init=out_init, dtype=dtype)
     return sequential(
