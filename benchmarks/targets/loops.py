@@ -51,9 +51,9 @@ def repeated_bytes(text: str) -> int:
 class _Program:
     def __init__(self, text):
         self.computations, self.entry = kernels.parse(_in_tiles(text))
+        self.moved = functools.cache(self._moved)  # the program's own, dropped with it
 
-    @functools.cache  # noqa: B019  (a program is counted and dropped)
-    def moved(self, name, once=False):
+    def _moved(self, name, once=False):
         """Bytes of a computation; ``once``: each loop's body is taken once."""
         inside = {i.name: i for i in self.computations[name]}
         return sum(self._of(i, inside, once) for i in self.computations[name])

@@ -12,6 +12,7 @@ from fbprop.nn.activations import relu
 from fbprop.nn.compose import sequential
 from fbprop.nn.layer import Layer, function
 from fbprop.nn.networks import mlp
+from fbprop.nn.regularization import check_key
 
 
 def autoencoder(*sizes: int, activation: Callable[[], Layer] = relu, dtype=jnp.float32,
@@ -41,11 +42,7 @@ def autoencoder(*sizes: int, activation: Callable[[], Layer] = relu, dtype=jnp.f
       >>> net.apply(params, x).shape, encode.apply(params["encoder"], x).shape
       ((5, 64), (5, 2))
     """
-    _check_sizes("autoencoder", sizes)
-    encoder = _of_size(sizes[0], mlp(*sizes[1:], activation=activation, dtype=dtype,
-                                     name="encoder"))
-    decoder = mlp(*sizes[-2::-1], activation=activation, dtype=dtype, name="decoder")
-    return sequential(encoder, decoder, name=name)
+    return sequential(*_both_ways("autoencoder", sizes, 1, activation, dtype), name=name)
 
 
 class Reconstruction(NamedTuple):
@@ -92,32 +89,21 @@ def vae(*sizes: int, activation: Callable[[], Layer] = relu, dtype=jnp.float32,
       >>> loss(params, x, jax.random.key(1)).shape, net.apply(params, x).mean.shape
       ((), (5, 2))
     """
-    _check_sizes("vae", sizes)
-    *inner, code = sizes[1:]
-    encoder = _of_size(sizes[0], mlp(*inner, 2 * code, activation=activation, dtype=dtype,
-                                     name="encoder"))
-    decoder = mlp(*sizes[-2::-1], activation=activation, dtype=dtype, name="decoder")
+    encoder, decoder = _both_ways("vae", sizes, 2, activation, dtype)
 
     def init(key, x):
         keys = jax.random.split(key)
-        codes = jax.ShapeDtypeStruct((x.shape[0], code), dtype)
+        codes = jax.ShapeDtypeStruct((*x.shape[:1], sizes[-1]), dtype)
         return {"encoder": encoder.init(keys[0], x), "decoder": decoder.init(keys[1], codes)}
 
     def apply(params, x, *, key, train):
         mean, log_variance = jnp.split(encoder.apply(params["encoder"], x), 2, axis=-1)
         z = mean
         if train:
-            z = mean + jnp.exp(log_variance / 2) * jax.random.normal(_key(key), mean.shape,
-                                                                     mean.dtype)
+            check_key(name, key)
+            noise = jax.random.normal(key, mean.shape, mean.dtype)
+            z = mean + jnp.exp(log_variance / 2) * noise
         return Reconstruction(decoder.apply(params["decoder"], z), mean, log_variance)
-
-    def _key(key):
-        if key is None:
-            raise ValueError(
-                f"Layer {name!r} draws random numbers in training, got key=None with train=True "
-                "expected a random key: call apply(params, x, key=key, train=True)."
-            )
-        return key
 
     return Layer(init, apply, name, parts=(encoder, decoder))
 
@@ -142,12 +128,17 @@ def normal_divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
     return jnp.sum(mean**2 + jnp.expm1(log_variance) - log_variance, -1) / 2
 
 
-def _check_sizes(name, sizes):
+def _both_ways(name, sizes, numbers, activation, dtype):
+    """Encoder, which gives so many numbers for each of the code, and decoder."""
     if len(sizes) < 2:
         raise ValueError(
             f"{name} has sizes of its input and of its code, got {sizes} expected at least two: "
             f"nn.{name}(784, 400, 20)."
         )
+    encoder = mlp(*sizes[1:-1], numbers * sizes[-1], activation=activation, dtype=dtype,
+                  name="encoder")
+    decoder = mlp(*sizes[-2::-1], activation=activation, dtype=dtype, name="decoder")
+    return _of_size(sizes[0], encoder), decoder
 
 
 def _of_size(size, encoder):

@@ -36,11 +36,16 @@ def dropout(rate: float, *, name: str = "dropout") -> Layer:
     def apply(params, x, *, key, train):
         if not train or rate == 0:
             return x
-        if key is None:
-            raise ValueError(
-                f"Layer {name!r} draws random numbers in training, got key=None with train=True "
-                "expected a random key: call apply(params, x, key=key, train=True)."
-            )
+        check_key(name, key)
         return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
     return Layer(lambda key, x: {}, apply, name)
+
+
+def check_key(name: str, key) -> None:
+    """Raises if a layer that draws random numbers in training has no key."""
+    if key is None:
+        raise ValueError(
+            f"Layer {name!r} draws random numbers in training, got key=None with train=True "
+            "expected a random key: call apply(params, x, key=key, train=True)."
+        )
