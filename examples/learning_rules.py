@@ -224,6 +224,7 @@ def parse_options():
 
 def plot(rows, file):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     networks = list(dict.fromkeys(row[0] for row in rows))
     figure = Figure(figsize=(4.5 * len(networks) + 1, 5), layout="constrained")
@@ -236,6 +237,7 @@ def plot(rows, file):
                             vmin=0, vmax=1, zorder=2)
         axes.set(title=network, xlabel="test error, percent", xscale="log",
                  yticks=range(len(mine)), yticklabels=[row[1] for row in mine])
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 5, 7)))  # all nine would overlap
         axes.xaxis.set_minor_formatter("{x:.3g}")
         axes.xaxis.set_major_formatter("{x:.3g}")
         axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)

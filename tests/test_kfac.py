@@ -110,6 +110,39 @@ def test_trains_and_resumes_with_the_same_bits(tmp_path):
         optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
+def test_in_epochs_and_fit_and_of_frozen_parameters():
+    """Steps of an epoch and of `fit` are those of `train.step`; what is frozen has no curvature."""
+    def of_batch(params, batch, key):
+        return FACTORS(params, batch["x"], batch["y"])
+
+    def loss(params, batch, key):
+        return squared(network(params, batch["x"]), batch["y"])
+
+    def begin(optimizer):
+        return train.init(jax.tree.map(jnp.copy, PARAMS), optimizer)
+
+    batch = {"x": X, "y": Y}
+    first = FACTORS(PARAMS, X, Y)
+    optimizer = optim.kfac(0.1, first, curvature=of_batch, every=1, damping=0.1, clip=None)
+    state, step = begin(optimizer), train.step(loss, optimizer)
+    for _ in range(2):
+        state, _ = step(state, batch)
+    indices = jnp.tile(jnp.arange(5), (2, 1))
+    epoch, _ = train.epoch(loss, optimizer)(begin(optimizer), batch, indices)
+    fitted = train.fit(loss, optimizer, PARAMS, batch, epochs=2, batch_size=5, progress=False).state
+    for other in (epoch, fitted):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+                     (state.params, state.opt_state), (other.params, other.opt_state))
+    frozen = optim.freeze(optimizer, "b")
+    before = begin(frozen)
+    after, _ = train.step(loss, frozen)(begin(frozen), batch)
+    assert len(jax.tree.leaves(before.opt_state[0].factors)) == 2  # w's A and G
+    np.testing.assert_array_equal(after.params["b"], PARAMS["b"])
+    gradient = jax.grad(loss)(PARAMS, batch, None)["w"]
+    expected = PARAMS["w"] - 0.1 * first["w"].inverse(0.1).times(gradient)
+    np.testing.assert_allclose(after.params["w"], expected, rtol=1e-5)
+
+
 def test_without_new_factors_the_average_stays():
     optimizer = optim.kfac(0.1, FACTORS(PARAMS, X, Y))
     state = optimizer.init(PARAMS)

@@ -48,8 +48,8 @@ def scale_by_kfac(
         return tree_map(lambda f: f.inverse(damping), averages, is_leaf=_is_factor)
 
     def init(params):
-        _check_factors(factors, params)
-        return KfacState(zero_count(), factors, inverted(factors), tree_map(zeros, params))
+        mine = _of_these(factors, params)
+        return KfacState(zero_count(), mine, inverted(mine), tree_map(zeros, params))
 
     def update(grads, state, params=None, *, factors=None, of_batch=None, **extra):
         check_state(state, KfacState)
@@ -57,6 +57,7 @@ def scale_by_kfac(
             factors = _now(curvature, of_batch)
         averages = state.factors
         if factors is not None:
+            factors = _of_these(factors, grads)
             averages = tree_map(lambda a, f: decay * a + (1 - decay) * f, averages, factors)
         inverses = lax.cond(
             state.count % every == 0, inverted, lambda _: state.inverses, averages
@@ -141,12 +142,18 @@ def _is_factor(x):
     return hasattr(x, "inverse") and hasattr(x, "times")
 
 
-def _check_factors(factors, params):
-    like = jax.tree.structure(tree_map(lambda _: 0, factors, is_leaf=_is_factor))
-    found = jax.tree.leaves(factors, is_leaf=_is_factor)
+def _of_these(factors, params):
+    """The factors of these parameters: None, as these, where they are frozen or another group's."""
+    try:
+        mine = tree_map(lambda f, p: None if p is None else f, factors, params, is_leaf=_is_factor)
+    except ValueError:
+        mine = factors
+    like = jax.tree.structure(tree_map(lambda _: 0, mine, is_leaf=_is_factor))
+    found = jax.tree.leaves(mine, is_leaf=_is_factor)
     if like != jax.tree.structure(params) or not all(map(_is_factor, found)):
         raise TypeError(
             "K-FAC starts from a curvature like the parameters, got "
-            f"{jax.tree.structure(factors, is_leaf=_is_factor)} expected factors in "
+            f"{jax.tree.structure(mine, is_leaf=_is_factor)} expected factors in "
             f"{jax.tree.structure(params)}: fbprop.watch.curvature.ggn(network, loss, 'kronecker')."
         )
+    return mine
