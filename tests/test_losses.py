@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fbprop
-from fbprop import nn
+from fbprop import nn, ops
 
 
 def normal(shape, seed=0):
@@ -29,6 +29,8 @@ def test_softmax_cross_entropy_equals_its_formula(x64, smoothing):
     loss = lambda logits, where=None: nn.softmax_cross_entropy(
         logits, LABELS, label_smoothing=smoothing, where=where)
     np.testing.assert_allclose(loss(logits), losses.mean(), rtol=1e-12)
+    shares = ops.softmax_cross_entropy(logits, jnp.eye(5)[LABELS], label_smoothing=smoothing)
+    np.testing.assert_allclose(shares, losses, rtol=1e-12)
     mask = np.array([[True, False, True], [False, False, True]])
     np.testing.assert_allclose(loss(logits, jnp.asarray(mask)), losses[mask].mean(), rtol=1e-12)
     chex.assert_trees_all_close(fbprop.grad(loss)(logits), jax.grad(loss)(logits), rtol=1e-12)
@@ -67,6 +69,8 @@ def test_accuracy_counts():
 
 X = jnp.ones((2, 3))
 ERRORS = {
+    "smoothing": (ValueError, "label_smoothing is a share of the target, got 1 expected",
+                  lambda: nn.softmax_cross_entropy(X, jnp.array([0, 1]), label_smoothing=1)),
     "label_dtype": (TypeError, "softmax_cross_entropy.*got labels of dtype float32",
                     lambda: nn.softmax_cross_entropy(X, jnp.ones(2))),
     "label_shape": (ValueError, r"accuracy.*got labels of shape \(3,\) expected \(2,\)",

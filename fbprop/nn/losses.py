@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
+from fbprop import ops
 from fbprop.core.precision import at_least_float32
-from fbprop.nn.shapes import counted, mean, no_wrap
+from fbprop.nn.shapes import counted, mean
 
 
 def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0, where=None):
     """Mean of −log softmax(logits)[label].
 
-    Computed from logits by log-softmax, so that large ones do not overflow; in float32 at least.
-    With label smoothing ε (Szegedy et al. 2016) the target is 1 − ε on the label plus ε / C on each
-    of the C classes.
+    `fbprop.ops.softmax_cross_entropy` of each row of logits: large ones do not overflow, kept are
+    logits and a number per row; in float32 at least. With label smoothing ε (Szegedy et al. 2016)
+    the target is 1 − ε on the label plus ε / C on each of the C classes.
 
     Args:
       logits: [..., C], floating.
@@ -37,19 +37,10 @@ def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0, where
       0.6931
     """
     _check_labels("softmax_cross_entropy", logits, labels)
-    if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"label_smoothing is a share of the target, got {label_smoothing} expected a number in "
-            "[0, 1), such as 0.1."
-        )
     if where is not None:
         labels = counted(where, labels)
         logits = counted(jnp.asarray(where)[..., None], logits)
-    log_p = jax.nn.log_softmax(at_least_float32(logits))
-    labels = no_wrap(labels, logits.shape[-1])
-    losses = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * jnp.mean(log_p, axis=-1)
+    losses = ops.softmax_cross_entropy(logits, labels, label_smoothing=label_smoothing)
     return mean(losses, where)
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from fbprop.core.devices import at_lowering, in_words
 from fbprop.core.operation import Operation
 from fbprop.core.precision import wide_dtype
+from fbprop.ops.arguments import check_smoothing
 from fbprop.rules import register
 
 # Rows of a chunk, and how many times D they are on CPUs and elsewhere, where w̄ is read and written
@@ -260,11 +261,7 @@ def _check(x, w, labels, bias, weights, label_smoothing, soft_cap, reduction):
                 f"{what} of {name} has shape {jnp.shape(array)}, expected {shape} for x of shape "
                 f"{x.shape} and w of shape {w.shape}."
             )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"label_smoothing is a share of the target, got {label_smoothing} expected a number in "
-            "[0, 1), such as 0.1."
-        )
+    check_smoothing(label_smoothing)
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap bounds logits, got {soft_cap} expected a number above 0.")
     if reduction not in ("mean", "sum", "none"):

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
-from fbprop.ops.arguments import floating
+from fbprop.ops.arguments import check_smoothing, floating
 from fbprop.rules import register
 
 
-def softmax_cross_entropy(logits, labels):
+def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0):
     """−log softmax(logits)[label], or −Σ p log softmax(logits) for labels that are shares p.
 
     λ = log Σ exp z;  ℓ = λ − z[label] or Σ p (λ − z);  z̄ = ℓ̄ (exp(z − λ) Σ p − p), p̄ = ℓ̄ (λ − z).
+    With label smoothing ε (Szegedy et al. 2016) the target is 1 − ε times that plus ε / C on each
+    of the C classes.
 
     | kept | shape | instead of |
     |---|---|---|
@@ -26,12 +28,14 @@ def softmax_cross_entropy(logits, labels):
     Args:
       logits: [..., C], floating.
       labels: [...], integers, one outside 0..C−1 gives nan; or [..., C], floating shares.
+      label_smoothing: ε in [0, 1).
 
     Returns:
       Losses [...] in nats; float32 for 16-bit logits, otherwise their dtype.
 
     Raises:
-      ValueError: labels of another shape.   TypeError: logits or shares are not floating.
+      ValueError: labels of another shape; label_smoothing out of range.
+      TypeError: logits or shares are not floating.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,11 +44,14 @@ def softmax_cross_entropy(logits, labels):
       Array([10000.,     0.], dtype=float32)
     """
     logits, labels = floating("softmax_cross_entropy", logits), jnp.asarray(labels)
+    check_smoothing(label_smoothing)
     if logits.ndim and jnp.issubdtype(labels.dtype, jnp.integer):
         _same("softmax_cross_entropy", labels, logits.shape[:-1])
-        return _softmax_of_class(logits, labels)
+        return _softmax_of_class(logits, labels, smoothing=float(label_smoothing))
     labels = floating("softmax_cross_entropy", labels)
     _same("softmax_cross_entropy", labels, logits.shape)
+    if label_smoothing:
+        labels = labels * (1 - label_smoothing) + label_smoothing / labels.shape[-1]
     return _softmax_of_shares(logits, labels)
 
 
@@ -118,24 +125,34 @@ def _of_class(z, labels):
     return jnp.take_along_axis(z, at, -1, mode="fill", fill_value=jnp.nan)
 
 
-def _class_forward(logits, labels):
+def _class_reference(logits, labels, *, smoothing):
+    log_p = jax.nn.log_softmax(at_least_float32(logits))
+    chosen = jnp.squeeze(_of_class(log_p, labels), -1)
+    return -(1 - smoothing) * chosen - smoothing * jnp.mean(log_p, -1)
+
+
+def _class_forward(logits, labels, *, smoothing):
     z = at_least_float32(logits)
     lam = jax.nn.logsumexp(z, -1, keepdims=True)
-    return jnp.squeeze(lam - _of_class(z, labels), -1), lam
+    losses = lam - _of_class(z, labels)
+    if smoothing:
+        losses = (1 - smoothing) * losses + smoothing * (lam - jnp.mean(z, -1, keepdims=True))
+    return jnp.squeeze(losses, -1), lam
 
 
-def _class_backward(dy, logits, labels, lam):
+def _class_backward(dy, logits, labels, lam, *, smoothing):
     p = jnp.exp(at_least_float32(logits) - lam)
-    mine = (jnp.arange(p.shape[-1]) == labels.astype(int)[..., None]).astype(p.dtype)
-    return dy[..., None] * (p - mine), None
+    mine = jnp.arange(p.shape[-1]) == labels.astype(int)[..., None]
+    target = jnp.where(mine, 1 - smoothing, 0)
+    if smoothing:
+        target = target + smoothing / p.shape[-1]
+    return dy[..., None] * (p - target), None
 
 
 _softmax_of_class = Operation(
-    "softmax_cross_entropy", "ℓ = λ − z[y], λ = log Σ exp z;  z̄ = ℓ̄ (exp(z − λ) − onehot y).  "
-    "Keeps z, y and λ.",
-    lambda logits, labels: -jnp.squeeze(
-        _of_class(jax.nn.log_softmax(at_least_float32(logits)), labels), -1),
-    _class_forward, _class_backward, extras=("lam",),
+    "softmax_cross_entropy", "ℓ = λ − (1 − ε) z[y] − ε mean z, λ = log Σ exp z;  "
+    "z̄ = ℓ̄ (exp(z − λ) − (1 − ε) onehot y − ε / C).  Keeps z, y and λ.",
+    _class_reference, _class_forward, _class_backward, extras=("lam",),
 )
 
 

@@ -92,7 +92,7 @@ CASES = [
     spelling("", 5, 3, [[1, 1], [2, 1]], [5, 4], [2, 1], 0),
     spelling("blank", 3, 3, [[1]], [3], [1], 2),
     rotated("halves", (2, 5, 3, 2), False), rotated("neighbours", (5, 1, 6), True),
-    loss(losses._softmax_of_class, "", real(2, 3, 5), labels=[[0, 4, 2], [1, 1, 0]]),
+    loss(losses._softmax_of_class, "", real(2, 3, 5), labels=[[0, 4, 2], [1, 1, 0]], smoothing=0.2),
     # By the public function: a number as logits is not a row of them, which only that one checks.
     Case("softmax_cross_entropy_of_shares", losses.softmax_cross_entropy,
          (real(3, 5), positive(3, 5)), plain=losses._softmax_of_shares.reference),
