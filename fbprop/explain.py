@@ -13,6 +13,7 @@ from fbprop.core import opaque
 from fbprop.core.arguments import indices
 from fbprop.core.devices import PLATFORMS
 from fbprop.core.library import CALLS, call_name
+from fbprop.core.logits import only_for_cross_entropy
 from fbprop.core.recompute import stored_for
 from fbprop.core.table import Table
 from fbprop.reverse import vjp
@@ -53,12 +54,14 @@ class Explanation(NamedTuple):
       unmet: of the table's overrides with a pattern (``where``), those that no equation met, as
         (pattern, name of the rule): a scope may be misspelt.
       platform: the one that was asked about, or None.
+      hints: sentences about what would be cheaper: logits that only a cross-entropy reads.
     """
 
     lines: tuple[Line, ...]
     kept: int
     unmet: tuple[tuple[str, str], ...] = ()
     platform: str | None = None
+    hints: tuple[str, ...] = ()
 
     def __str__(self):
         head = ("path", "primitive", "rule", "formulation", "shapes", "bytes kept")
@@ -79,7 +82,7 @@ class Explanation(NamedTuple):
         if self.platform and again:
             unmet.insert(0, f"on {self.platform}: {again:,} bytes are not kept, but "
                             f"{opaque.WAYS[self.platform]}")
-        return "\n".join([*rows, *unmet])
+        return "\n".join([*rows, *unmet, *self.hints])
 
 
 def explain(
@@ -95,6 +98,10 @@ def explain(
     Nothing is computed: the function is traced. Kept bytes are those between the two sweeps as
     fbprop sees them, which is what its pullback holds; where both sweeps are compiled as one, XLA
     may store less or more.
+
+    Of a product with a matrix whose result only a cross-entropy of class numbers reads, in plain
+    code, Optax's or `fbprop.nn`'s, more than 256 rows of more classes than features, a line says
+    what `fbprop.ops.linear_cross_entropy` would save.
 
     Args:
       fun: pure function of pytrees of arrays, as for `vjp`.
@@ -133,7 +140,8 @@ def explain(
     found = planned(fun, args, argnums, rules, fallback)
     lines = tuple(_lines(found.plan, found.kept, 0, platform))
     unmet = () if rules is None else rules.unmet()
-    return Explanation(lines, _bytes(tree_leaves(found.kept)), unmet, platform)
+    hints = tuple(map(_hint, only_for_cross_entropy(found.plan)))
+    return Explanation(lines, _bytes(tree_leaves(found.kept)), unmet, platform, hints)
 
 
 def planned(fun: Callable, args, argnums, rules, fallback):
@@ -173,6 +181,11 @@ class _Watched(Table):
 
     def unmet(self):
         return tuple((where, r.name) for where, r in self.scoped if (where, r) not in self._met)
+
+
+def _hint(logits):
+    return (f"fbprop.ops.linear_cross_entropy would keep none of {logits.bytes:,} bytes of logits "
+            f"{logits.type}, which only a cross-entropy reads: {logits.where}")
 
 
 def _positions(argnums, args):

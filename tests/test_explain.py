@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import fbprop
+from fbprop import nn, ops
 
 X, W = jnp.arange(15.0).reshape(3, 5) / 7, jnp.ones((5, 5)) / 5
 
@@ -188,3 +189,63 @@ def test_errors():
         fbprop.explain(jnp.sin, X, argnums=1)
     with pytest.raises(TypeError, match="got 3 expected a callable"):
         fbprop.explain(3, X)
+
+
+def plain_loss(z, y):
+    return -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], -1)
+
+
+def optax_loss(z, y):
+    """As Optax's, of integer labels."""
+    z = z - lax.stop_gradient(jnp.max(z, -1, keepdims=True))
+    return jnp.log(jnp.sum(jnp.exp(z), -1)) - jnp.take_along_axis(z, y[:, None], -1)[:, 0]
+
+
+def onehot_loss(z, y):
+    return -jnp.sum(jax.nn.one_hot(y, 32) * jax.nn.log_softmax(3 * jnp.tanh(z / 3)), -1)
+
+
+def softmax_loss(z, y):
+    return -jnp.log(jnp.sum(jax.nn.softmax(z + 1.0) * jax.nn.one_hot(y, 32), -1))
+
+
+HEAD = f32(512, 16), f32(16, 32), jax.ShapeDtypeStruct((512,), jnp.int32)
+
+
+def hints(loss, operands=HEAD):
+    return fbprop.explain(lambda x, w, y: jnp.mean(loss(x @ w, y)), *operands,
+                          argnums=(0, 1)).hints
+
+
+def test_logits_that_only_a_cross_entropy_reads():
+    for loss in (plain_loss, optax_loss, onehot_loss, softmax_loss, nn.softmax_cross_entropy,
+                 jax.checkpoint(jax.jit(plain_loss)), lambda z, y: plain_loss(z[2:], y[2:])):
+        (hint,) = hints(loss)
+        assert "linear_cross_entropy would keep none of 65,536 bytes of logits f32[512,32]" in hint
+        assert "test_explain" in hint
+    looped = lambda z, y: lax.map(lambda a: jnp.sum(plain_loss(*a)), (z[None], y[None]))
+    assert hints(looped) == ()  # the product is before the loop, and what is in it is another body
+    steps = lambda x, w, y: jnp.sum(lax.map(lambda x: jnp.mean(plain_loss(x @ w, y)), x[None]))
+    explanation = fbprop.explain(steps, *HEAD, argnums=(0, 1))
+    assert str(explanation).splitlines()[-1] == explanation.hints[0]
+    x, w, y = HEAD
+    op = lambda x, w, y: ops.linear_cross_entropy(x, w, y)
+    saved = [fbprop.explain(f, x, w, y, argnums=(0, 1)).kept for f in (
+        lambda x, w, y: nn.softmax_cross_entropy(x @ w, y), op)]
+    assert abs(saved[0] - saved[1] - 65536) < 5000  # a few numbers per row
+
+
+def test_logits_that_something_else_reads():
+    for other in (lambda z, y: jnp.sum(plain_loss(z, y)) + jnp.sum(z**2),
+                  lambda z, y: jnp.sum(plain_loss(z, y)) + jnp.sum(jnp.exp(z) * z),
+                  lambda z, y: jnp.sum(plain_loss(z, y)) + jnp.sum(z, 0)[0],
+                  lambda z, y: jnp.sum(plain_loss(z, y)) + nn.accuracy(z, y),
+                  lambda z, y: jax.nn.logsumexp(z, -1), lambda z, y: z,
+                  lambda z, y: plain_loss(jnp.sum(z, 0, keepdims=True), y[:1])):
+        assert hints(other) == ()
+    _, w, y = HEAD
+    few = jax.ShapeDtypeStruct((256,), jnp.int32)
+    assert hints(plain_loss, (f32(256, 16), w, few)) == ()
+    assert hints(plain_loss, (f32(512, 64), f32(64, 32), y)) == ()  # fewer classes than features
+    aux = lambda x, w, y: (jnp.mean(plain_loss(x @ w, y)), x @ w)
+    assert len(fbprop.explain(aux, *HEAD).hints) == 1  # of two products, the first
