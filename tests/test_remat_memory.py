@@ -39,11 +39,52 @@ def mapped(x, w, v):
     return jnp.sum(lax.map(piece, x.reshape(8, -1, D)))
 
 
+def attention(x, w, v):
+    heads = lambda y: y.reshape(len(y), 4, -1)
+    scores = jnp.einsum("thd,shd->hts", heads(x @ w), heads(x @ v.T))
+    values = jnp.einsum("hts,shd->thd", jax.nn.softmax(scores, -1), heads(x))
+    return x + values.reshape(x.shape)
+
+
+def norm(x, w, v):
+    y = (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x + jax.nn.gelu(y @ w) @ v
+
+
+def norm_by_library(x, w, v):
+    return x + jax.nn.gelu(jax.nn.standardize(x) @ w) @ v
+
+
+def gate(x, w, v):
+    return x + jax.nn.silu(x @ w) * (x @ v.T)
+
+
+LAYERS = [
+    (attention, "float32", True), (attention, "float16", True), (attention, "bfloat16", True),
+    (attention, "float32", False), (norm, "float32", True), (norm, "float16", True),
+    (norm_by_library, "bfloat16", True), (norm, "float16", False), (gate, "float32", True),
+]
+
+
+def layers(block, in_loop, n):
+    """``n`` of one kind, each of them checkpointed."""
+
+    def loss(x, w, v):
+        step = jax.checkpoint(lambda x: block(x, w, v))
+        if in_loop:
+            x = lax.scan(lambda x, _: (step(x), None), x, None, length=n)[0]
+        for _ in range(0 if in_loop else n):
+            x = step(x)
+        return jnp.sum(lax.convert_element_type(x, "float32") ** 2)
+
+    return loss
+
+
 @pytest.fixture
 def temporary():
-    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in [(128, D), (D, 2 * D), (2 * D, D)]]
-
-    def of_gradient(library, fun):
+    def of_gradient(library, fun, width=2 * D, dtype="float32"):
+        shapes = [(128, D), (D, width), (width, D)]
+        args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         gradient = jax.jit(library.grad(fun, argnums=(0, 1, 2)))
         return gradient.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
@@ -53,6 +94,13 @@ def temporary():
 @pytest.mark.parametrize("fun", [same_weights, of_the_scan, both, mapped])
 def test_loops_take_no_more_than_with_jax(temporary, fun):
     ours, theirs = (temporary(library, fun) for library in (fbprop, jax))
+    assert ours <= theirs + 2 * KIB, (ours / theirs, ours, theirs)
+
+
+@pytest.mark.parametrize(("block", "dtype", "in_loop"), LAYERS)
+def test_layers_take_no_more_than_with_jax(temporary, block, dtype, in_loop):
+    fun = layers(block, in_loop, 3)
+    ours, theirs = (temporary(library, fun, D, dtype) for library in (fbprop, jax))
     assert ours <= theirs + 2 * KIB, (ours / theirs, ours, theirs)
 
 

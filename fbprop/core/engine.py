@@ -74,7 +74,9 @@ class Plan:
       n_extras: the number of steps that have a forward of their own.
     """
 
-    def __init__(self, flow: Flow, wanted: tuple[bool, ...], factored: tuple, at_hand: bool):
+    def __init__(
+        self, flow: Flow, wanted: tuple[bool, ...], factored: tuple, at_hand: bool, again=True
+    ):
         self.jaxpr, self.wanted = flow.jaxpr, wanted
         body = jc.open_jaxpr(flow.jaxpr)
         reached = flow.reach(wanted)
@@ -97,7 +99,8 @@ class Plan:
             keep.update((atoms[i], None) for i in step.keep if jc.is_var(atoms[i]))
             self.steps.append((site, rule, step))
         inputs = (*body.invars, *body.constvars) if at_hand else ()
-        self.keep, self.made = split(body, self.steps, keep, inputs)
+        stored = split(body, self.steps, keep, inputs) if again else (tuple(keep), {})
+        self.keep, self.made = stored
         self.n_extras = sum(1 for found in self.steps if found and found[2].forward)
 
 
@@ -244,4 +247,7 @@ def _flow(engine, jaxpr, active, path):
 
 @functools.lru_cache(2048)
 def _plan(engine, jaxpr, active, wanted, path, factored):
-    return Plan(Flow(engine, jaxpr, active, path), wanted, factored, at_hand=False)
+    # What `jax.checkpoint` computes again is used at once. Where some of it was made once more, held
+    # by a cotangent, that stayed for it: norm and GELU in float16 took 1.19 of `jax.grad`'s memory.
+    again = engine.looped or not engine.frugal
+    return Plan(Flow(engine, jaxpr, active, path), wanted, factored, at_hand=False, again=again)
