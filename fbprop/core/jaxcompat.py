@@ -135,6 +135,12 @@ def cpu_respects_barriers():
     return _jaxlib_version() >= (0, 12, 0)
 
 
+def types_costly_to_hold():
+    """Of these types an array stays where another is held by its first number
+    (`fbprop.core.opaque`): jaxlib 0.10 copies it, 0.12 only what it converts."""
+    return ("float16",) if cpu_respects_barriers() else ("float16", "float32")
+
+
 def behind_barrier(tree):
     """`jax.lax.optimization_barrier` of arrays, each of the type that it was.
 
