@@ -10,6 +10,7 @@ from fbprop import ops
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.float32)
 
+KEY = jax.random.key(1)
 CLASSES = jnp.array([5, 0, 2, 2])
 
 
@@ -28,7 +29,7 @@ def kept(function, *operands):
     (lambda x, w: ops.dense(x, w), (X, X.T), 48),
     (lambda x: ops.softmax_cross_entropy(x, CLASSES), (X,), 24 + 4 + 4),
     (ops.softmax_cross_entropy, (X, X), 48 + 4), (ops.sigmoid_cross_entropy, (X, X), 48),
-    (ops.huber, (X, X), 48),
+    (ops.huber, (X, X), 48), (lambda x: ops.dropout(x, 0.5, KEY), (X,), 24 / 4 + 2),
 ])
 def test_keeps_what_its_docstring_says(function, operands, numbers):
     assert kept(function, *operands) == numbers
@@ -133,6 +134,26 @@ def test_losses_at_the_ends():
         assert none(jnp.ones((0, 3))).shape == (0, 3)
 
 
+def test_dropout_is_that_of_its_key():
+    """Also where it is drawn again, in a batch with a key each, and of a key without a type."""
+    stays = jax.random.bernoulli(KEY, 0.7, X.shape)
+    broken = jnp.where(stays, X, jnp.nan)
+    y, pullback = fbprop.vjp(lambda x: ops.dropout(x, 0.3, KEY), broken)
+    np.testing.assert_array_equal(y, jnp.where(stays, X / 0.7, 0))
+    np.testing.assert_array_equal(pullback(X)[0], y)
+    np.testing.assert_allclose(jax.jvp(pullback, (broken,), (X,))[1][0], y, 1e-6)
+    np.testing.assert_array_equal(ops.dropout(X, 0.3, jax.random.key_data(KEY)), y)
+    keys = jax.random.split(KEY, 4)
+    mapped = lambda ad: jax.vmap(ad.value_and_grad(
+        lambda x, key: jnp.sum(ops.dropout(x, 0.3, key) * x)))(X, keys)
+    each = [jax.random.bernoulli(key, 0.7, (6,)) for key in keys]
+    for ad in (fbprop, jax):
+        np.testing.assert_allclose(mapped(ad)[1], jnp.where(jnp.stack(each), 2 * X / 0.7, 0), 1e-6)
+    assert ops.dropout(X, 0, None) is X
+    found = fbprop.explain(lambda x: ops.dropout(x, 0.3, KEY), X, platform="tpu")
+    assert "drawn again" in str(found)
+
+
 def test_constant_and_empty():
     ones = jnp.ones((2, 6))
     for function in (ops.layer_norm, lambda x: ops.batch_norm(x)[0]):
@@ -161,6 +182,9 @@ def test_constant_and_empty():
      "sigmoid_cross_entropy takes floating numbers, got int32"),
     (lambda: ops.huber(X, X[0]), ValueError, r"huber got .* shape \(6,\) expected \(4, 6\)"),
     (lambda: ops.huber(X, X, delta=0.0), ValueError, "got delta=0.0 expected one above 0"),
+    (lambda: ops.dropout(CLASSES, 0.5, KEY), TypeError, "dropout takes floating numbers, got int"),
+    (lambda: ops.dropout(X, 1.0, KEY), ValueError, r"got 1.0 expected a number in \[0, 1\)"),
+    (lambda: ops.dropout(X, 0.5, None), ValueError, "got key=None expected a JAX key"),
     (lambda: ops.dense(X, X), ValueError, r"got float32\[4, 6\] and float32\[4, 6\]"),
     (lambda: ops.dense(X, X.T, X[0]), ValueError, r"bias has shape \(6,\), expected \(4,\)"),
     (lambda: ops.dense(X, X.T, activation="elu"), ValueError, "one of 'gelu'.*got 'elu'"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
+from fbprop import ops
 from fbprop.nn.layer import Layer
 
 
@@ -37,7 +35,7 @@ def dropout(rate: float, *, name: str = "dropout") -> Layer:
         if not train or rate == 0:
             return x
         check_key(name, key)
-        return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+        return ops.dropout(x, rate, key)
 
     return Layer(lambda key, x: {}, apply, name)
 

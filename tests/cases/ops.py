@@ -11,7 +11,7 @@ from fbprop.ops import activation, losses, normalization
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
 
-ctc, turn = sys.modules["fbprop.ops.ctc"], sys.modules["fbprop.ops.rotary"]
+ctc, turn, drop = (sys.modules[f"fbprop.ops.{name}"] for name in ("ctc", "rotary", "dropout"))
 lce = sys.modules["fbprop.ops.linear_cross_entropy"]  # its function has the module's name
 
 
@@ -55,6 +55,13 @@ def norm(label, shape, axes, centred, scale=True, bias=True, features=1):
                 plain=of(normalization.reference))
 
 
+def dropped(shape):
+    def of(function):
+        return lambda x: function(x, jnp.array([3, 7], jnp.uint32), rate=0.3, impl="threefry2x32")
+
+    return Case("dropout", of(drop._dropout), (real(*shape),), plain=of(drop._dropout.reference))
+
+
 def activated(operation, label, name, *operands):
     return Case(operation.name, lambda *x: operation(*x, name=name), operands, label,
                 plain=lambda *x: operation.reference(*x, name=name))
@@ -89,6 +96,7 @@ def rotated(label, shape, interleaved):
 
 
 CASES = [
+    dropped((2, 3, 5)),
     spelling("", 5, 3, [[1, 1], [2, 1]], [5, 4], [2, 1], 0),
     spelling("blank", 3, 3, [[1]], [3], [1], 2),
     rotated("halves", (2, 5, 3, 2), False), rotated("neighbours", (5, 1, 6), True),
