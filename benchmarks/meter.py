@@ -88,7 +88,8 @@ def measure_peer(row: Row, ours, peer: str, make_step, seconds, clock=time.perf_
 
     Args:
       make_step: ``(params, batch) -> run``; ``run()`` does what the row does. Of a whole step it
-        returns the loss before it, of other rows the row's result.
+        returns the loss before it, of other rows the row's result. If it has a number
+        ``temp_bytes``, its temporary memory is compared too.
       row, ours, seconds, clock: see `measure`.
     """
     program, _ = _compile(row, ours, clock)
@@ -108,8 +109,10 @@ def measure_peer(row: Row, ours, peer: str, make_step, seconds, clock=time.perf_
             f"A peer computes the same from the same parameters, got a relative difference of "
             f"{difference:.2e} expected at most {tolerance:.0e}: fix its model."
         )
-    return Measurement(row, peer, difference, interleave([_runner(row, program), run], seconds,
-                                                         clock))
+    samples, theirs = interleave([_runner(row, program), run], seconds, clock), None
+    if row.jitted and hasattr(run, "temp_bytes"):
+        theirs = program.memory_analysis().temp_size_in_bytes, run.temp_bytes
+    return Measurement(row, peer, difference, samples, temp_bytes=theirs)
 
 
 def _compile(row, ad, clock):

@@ -129,7 +129,7 @@ def records(entry, seconds, source, peers):
         if make := step(peer, entry.name):
             rivals[peer] = functools.partial(
                 lambda *a: measure_peer(entry.row(), fbprop, *a, seconds, clock), peer, make)
-        elif entry.kind == "step":
+        elif entry.kind in ("step", "network"):
             print(f"{peer} has no version of {entry.name}")
     for rival, measured in rivals.items():
         try:

@@ -159,6 +159,23 @@ def test_recurrent_language_model_is_its_layers(make, tied):
     chex.assert_trees_all_close(net.apply(params, TOKENS), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("net", [gpt(layers=1), nn.gru_lm(7, features=3, dropout=0.3)])
+def test_next_token_loss_is_that_of_the_logits(net):
+    params, labels = random_params(net, TOKENS), TOKENS[:, ::-1]
+    where, told = labels > 1, {"key": KEY, "train": True}
+    given = {"where": where, "label_smoothing": 0.1}
+
+    def plain(params):
+        return nn.softmax_cross_entropy(net.apply(params, TOKENS, **told), labels, **given)
+
+    def fused(params):
+        return nn.next_token_loss(net, params, TOKENS, labels, **given, **told)
+
+    both = [fbprop.value_and_grad(f) for f in (plain, fused)]
+    expected, got = jax.jit(lambda params: [f(params) for f in both])(params)
+    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
+
+
 def test_convnet_uses_running_statistics_outside_training():
     net = nn.convnet(3, channels=(2,), convolutions=1, norm=nn.batch_norm)
     x = example(IMAGE, jnp.float32)
@@ -185,6 +202,8 @@ ERRORS = {
               lambda: gpt(heads=3).init(KEY, TOKENS)),
     "floats": (TypeError, "got an input of dtype float32 expected int32",
                lambda: nn.lstm_lm(7, features=3).init(KEY, jnp.ones((2, 3)))),
+    "no_language": (TypeError, "knows where gpt, lstm_lm and gru_lm end, got <layer 'mlp'>",
+                    lambda: nn.next_token_loss(nn.mlp(3), {}, TOKENS, TOKENS)),
     "strangers": (ValueError, "'gpt'.*got 'decoder' expected some of",
                   lambda: gpt().apply({"decoder": {}}, TOKENS)),
 }

@@ -28,13 +28,15 @@ def _loop(loss, params, batches):
 
     params = jax.tree.map(lambda x: x.copy(), params)
     state = [params, adam.init(params)]
+    compiled = step.lower(*state, batches[0]).compile()
 
     def run():
         losses = []
         for batch in batches:
-            *state[:], value = step(*state, batch)
+            *state[:], value = compiled(*state, batch)
             losses.append(value)
         jax.block_until_ready(state)
         return float(losses[0])
 
+    run.temp_bytes = compiled.memory_analysis().temp_size_in_bytes
     return run

@@ -131,3 +131,6 @@ def vae_step(params, batch):
         return (pixels + divergence).mean()
 
     return trained(loss, tuple(map(mlp, params)), batch)
+
+
+resnet_network = resnet_step

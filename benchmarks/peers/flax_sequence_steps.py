@@ -65,3 +65,6 @@ def gpt_step(params, batch):
             "norm": norm(*params["norm"]), **blocks(params["blocks"])}
     loss = classified(GPT(V, len(params["positions"]), D, len(params["blocks"])))
     return trained(lambda params, t: loss(params, t[:, :-1], t[:, 1:]), tree, batch)
+
+
+gpt_network, lstm_network = gpt_step, lstm_character_step

@@ -16,13 +16,13 @@ from jax import lax
 
 import fbprop
 from benchmarks.adam import adam_of, initial_moments
-from benchmarks.row import Row, row
+from benchmarks.row import Row, chosen, row
 from benchmarks.rows.elementwise import cross_entropy
 
 
-def training_step(loss, params, batch, **figures) -> Row:
-    """One Adam step on ``loss(params, *batch)``, one dispatch."""
-    return _row(loss, params, batch, lambda step: step, figures)
+def training_step(loss, params, batch, ours=None, **figures) -> Row:
+    """One Adam step on ``loss(params, *batch)``, one dispatch; fbprop's on ``ours``, if given."""
+    return _row(loss, params, batch, lambda step: step, figures, ours)
 
 
 def training_epoch(loss, params, batches, **figures) -> Row:
@@ -36,14 +36,14 @@ def training_epoch(loss, params, batches, **figures) -> Row:
     return _row(loss, params, batches, scanned, figures)
 
 
-def _row(loss, params, batch, wrap, figures):
+def _row(loss, params, batch, wrap, figures, ours=None):
     def build(ad):
         adam = adam_of(ad, params)
         options = {"factored": fbprop.Rows} if ad is fbprop else {}
 
         def step(state, batch, rate):
             params, moments = state
-            value, gradient = ad.value_and_grad(loss, **options)(params, *batch)
+            value, gradient = ad.value_and_grad(chosen(ad, loss, ours), **options)(params, *batch)
             updates, moments = adam(gradient, moments, params)
             params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
             return (params, moments), value

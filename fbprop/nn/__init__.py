@@ -24,7 +24,7 @@ from fbprop.nn.audio import log_mel, mel_filters
 from fbprop.nn.autoencoders import autoencoder, normal_divergence, vae
 from fbprop.nn.compose import repeated, residual, sequential
 from fbprop.nn.encoder import encoder
-from fbprop.nn.language import gpt, gru_lm, lstm_lm
+from fbprop.nn.language import gpt, gru_lm, lstm_lm, next_token_loss
 from fbprop.nn.layer import Layer, function
 from fbprop.nn.linear import conv, dense, embedding
 from fbprop.nn.losses import accuracy, mean_squared_error, softmax_cross_entropy
@@ -46,7 +46,7 @@ __all__ = [
     "encoder", "flatten", "function", "gelu", "global_avg_pool", "gpt", "group_norm", "gru",
     "gru_lm", "initializers", "layer_norm", "leaky_integrate_and_fire", "leaky_relu", "load_bert",
     "load_gpt2", "log_mel", "lstm", "lstm_lm", "max_pool", "mean_squared_error", "mel_filters",
-    "mlp", "normal_divergence", "partition", "position_embedding", "relu", "repeated", "residual",
-    "resnet", "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu",
+    "mlp", "next_token_loss", "normal_divergence", "partition", "position_embedding", "relu",
+    "repeated", "residual", "resnet", "rms_norm", "sequence_mask", "sequential", "sigmoid", "silu",
     "softmax_cross_entropy", "softplus", "summary", "tanh", "vae", "vit",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from fbprop import ops
 from fbprop.nn import initializers
 from fbprop.nn.activations import gelu
 from fbprop.nn.attention import attention, position_embedding
@@ -22,7 +23,7 @@ from fbprop.nn.compose import (
     sequential,
     state_in_order,
 )
-from fbprop.nn.layer import Layer
+from fbprop.nn.layer import Layer, function
 from fbprop.nn.linear import dense, embedding
 from fbprop.nn.normalization import layer_norm
 from fbprop.nn.recurrent import gru, lstm
@@ -132,6 +133,58 @@ def gru_lm(vocabulary: int, *, features: int, layers: int = 1, dropout: float = 
     return _recurrent_lm(gru, vocabulary, features, layers, dropout, tie, dtype, name)
 
 
+def next_token_loss(network: Layer, params, tokens, labels, *, where=None,
+                    label_smoothing: float = 0.0, key=None, train: bool = False, lengths=None):
+    """Mean cross-entropy of `gpt`'s, `lstm_lm`'s or `gru_lm`'s logits, without the logits.
+
+    `softmax_cross_entropy` of ``network.apply(params, tokens)``, with the last product and the loss
+    as one, `fbprop.ops.linear_cross_entropy`: kept is its gradient in place of logits [B, T, V].
+
+    Args:
+      network: what `gpt`, `lstm_lm` or `gru_lm` returned, not renamed.
+      params, tokens, key, train, lengths: as for its `apply`.
+      labels: integers [B, T]: the tokens that come next.
+      where: bool [B, T]; which of them count. Default: all. If none does, the loss is 0.
+      label_smoothing: see `softmax_cross_entropy`.
+
+    Returns:
+      A scalar in nats, float32 at least.
+
+    Raises:
+      TypeError: another network.   Others as `softmax_cross_entropy` and ``network.apply``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from fbprop import nn
+      >>> net = nn.gpt(7, layers=1, heads=1, features=4, context=8)
+      >>> tokens = jnp.arange(9)[None] % 7
+      >>> params = net.init(jax.random.key(0), tokens[:, :-1])
+      >>> loss = nn.next_token_loss(net, params, tokens[:, :-1], tokens[:, 1:])
+      >>> logits = net.apply(params, tokens[:, :-1])
+      >>> bool(jnp.allclose(loss, nn.softmax_cross_entropy(logits, tokens[:, 1:])))
+      True
+    """
+    if not isinstance(network, _LanguageModel):
+        raise TypeError(
+            f"next_token_loss knows where gpt, lstm_lm and gru_lm end, got {network!r} expected "
+            "one of these: of another network take softmax_cross_entropy of its logits."
+        )
+    hidden = network.hidden.apply(params, tokens, key=key, train=train, lengths=lengths)
+    kernel, bias = network.head(params)
+    weights = None if where is None else jnp.asarray(where).astype(kernel.dtype)
+    return ops.linear_cross_entropy(hidden, kernel, labels, bias=bias, weights=weights,
+                                    label_smoothing=label_smoothing)
+
+
+class _LanguageModel(Layer):
+    """A network that ends in a product: what comes before it, ``hidden``, and its factors."""
+
+    def __init__(self, network: Layer, hidden: Layer, head: Callable):
+        super().__init__(network._init, network._apply, network.name, network._init_state,
+                         network.parts)
+        self.hidden, self.head = hidden, head
+
+
 def _recurrent_lm(cell: Callable, vocabulary, features, layers, dropout, tie, dtype, name):
     body = [embedding(vocabulary, features, dtype=dtype), *_dropout(dropout)]
     for _ in range(layers):
@@ -157,19 +210,28 @@ def transformer_block(layers, heads, features, dropout, dtype, causal=True):
 def _with_logits(body: Sequence[Layer], head: Layer | None, name):
     """The layers of ``body``, an embedding first, then ``head``; None: the embedding transposed."""
     if head is not None:
-        return sequential(*body, head, name=name)
+        # In the head's place stands nothing, so that the others get the same keys.
+        hidden = sequential(*body, function(lambda x: x, head.name), name=name)
+        factors = lambda params: (params[head.name]["kernel"], params[head.name].get("bias"))
+        return _LanguageModel(sequential(*body, head, name=name), hidden, factors)
     layers = distinct(body)
 
     def init(key, x):
         return init_in_order(layers, key, x)
 
-    def apply(params, x, *, state, **told):
+    def hidden(params, x, *, state, **told):
         check_names(name, params, layers)
-        y, state = apply_in_order(layers, params, x, state=state, **told)
-        with jax.named_scope("head"):
-            return y @ params[layers[0].name]["embedding"].T, state
+        return apply_in_order(layers, params, x, state=state, **told)
 
-    return composed(init, apply, name, lambda x: state_in_order(layers, x), layers)
+    def apply(params, x, **told):
+        y, state = hidden(params, x, **told)
+        with jax.named_scope("head"):
+            return y @ factors(params)[0], state
+
+    factors = lambda params: (params[layers[0].name]["embedding"].T, None)
+    both = (composed(init, f, name, lambda x: state_in_order(layers, x), layers)
+            for f in (apply, hidden))
+    return _LanguageModel(*both, factors)
 
 
 def _dropout(rate):
