@@ -33,6 +33,11 @@ def in_words(platform: str | None, form: str, only_on: str, elsewhere: str = "")
     return form if platform == only_on else elsewhere
 
 
+def own_broadcasting():
+    """`jax.numpy_rank_promotion` is the user's word about the user's arrays, not about ours."""
+    return jax.numpy_rank_promotion("allow")
+
+
 def by_devices(*operands, one, several):
     """``one(*operands)`` in a program for one device, ``several(*operands)`` in one for more."""
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
@@ -76,7 +81,8 @@ def _lowering(platform):
     def lower(ctx, *xs, default, forms):
         form = dict(forms).get(platform, default)
         chosen = form if jc.is_for_one_device(ctx) else default
-        return mlir.lower_fun(lambda *ys: list(chosen(*ys)), multiple_results=True)(ctx, *xs)
+        with own_broadcasting():
+            return mlir.lower_fun(lambda *ys: list(chosen(*ys)), multiple_results=True)(ctx, *xs)
 
     return lower
 
@@ -103,9 +109,15 @@ def _batch(args, dims, *, default, forms):
 
 at_lowering_p = Primitive("at_lowering")
 at_lowering_p.multiple_results = True
-at_lowering_p.def_impl(
-    lambda *xs, **params: jax.jit(lambda *ys: at_lowering_p.bind(*ys, **params))(*xs)
-)
+
+
+@at_lowering_p.def_impl
+def _compiled(*xs, **params):
+    if jax.config.jax_disable_jit:  # nothing is lowered
+        return list(params["default"](*xs))
+    return jax.jit(lambda *ys: at_lowering_p.bind(*ys, **params))(*xs)
+
+
 at_lowering_p.def_abstract_eval(_types)
 ad.primitive_jvps[at_lowering_p] = _jvp
 batching.primitive_batchers[at_lowering_p] = _batch

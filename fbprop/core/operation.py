@@ -18,6 +18,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
+from fbprop.core.devices import own_broadcasting
 from fbprop.core.fallback import Fallback
 from fbprop.core.rule import Rule, Step
 
@@ -154,7 +155,8 @@ class Operation(Rule):
             asked["wanted"] = wanted and tuple(_spread(wanted, given))
 
         def forward(*arrays):
-            outs = self._forward(*_spread(arrays, given), **asked)
+            with own_broadcasting():
+                outs = self._forward(*_spread(arrays, given), **asked)
             return outs if isinstance(outs, tuple) else (outs,)
 
         return list(_mapped(forward, axes)(*arrays))
@@ -162,7 +164,8 @@ class Operation(Rule):
     def in_plain_code(self, *arrays, given, static, axes, wanted):
         """Results by the reference, and extras: the operation as ordinary equations."""
         def reference(*arrays):
-            outs = self.reference(*_spread(arrays, given), **dict(static))
+            with own_broadcasting():
+                outs = self.reference(*_spread(arrays, given), **dict(static))
             return outs if isinstance(outs, tuple) else (outs,)
 
         outs = self.run(*arrays, given=given, static=static, axes=axes, wanted=wanted)
@@ -212,7 +215,8 @@ class Operation(Rule):
             at = dict(zip(there, present))
             dys = [at[i] for i in range(n, len(values))]
             kept = [at.get(index[k]) if k in index else None for k in self._keeps]
-            dins = self._backward(tuple(dys) if self._all_results else dys[0], *kept, **asked)
+            with own_broadcasting():
+                dins = self._backward(tuple(dys) if self._all_results else dys[0], *kept, **asked)
             dins = dins if isinstance(dins, (tuple, list)) else (dins,)
             dins = [d for d, g in zip(dins, given) if g]
             return tuple(d if m else None for d, m in zip(dins, moving))

@@ -118,7 +118,9 @@ def _rows(form, w, bias, x, share, labels, d):
     lse = top + jnp.log(total)
     inside = (labels >= 0) & (labels < w.shape[1])
     hit = lax.broadcasted_iota(jnp.int32, z.shape, 1) == labels[:, None]
-    chosen = jnp.where(inside, jnp.sum(jnp.where(hit, z, 0), -1), jnp.nan)
+    outside = jnp.where(inside, jnp.zeros_like(share), jnp.inf)
+    # ∞ − ∞ is nan: written as one it is found by `jax_debug_nans` where it is not taken.
+    chosen = jnp.sum(jnp.where(hit, z, 0), -1) + (outside - outside)
     losses = lse[:, 0] - (1 - form.smoothing) * chosen + form.z_loss * lse[:, 0] ** 2
     if form.smoothing:
         losses = losses - form.smoothing * jnp.mean(z, -1)

@@ -201,11 +201,11 @@ def _forward(x, scale, bias, *, axes, epsilon, centred, features):
 
 def _backward(dy, x, scale, mean, variance, *, axes, epsilon, centred, features):
     arrays = [a for a in (scale, dy, x, mean, variance) if a is not None]
-    form = axes, epsilon, centred, features
+    form, none = (axes, epsilon, centred, features), () if scale is not None else (None,)
 
     def by(way):
         def run(*arrays):
-            return way(form, *(arrays if scale is not None else (None, *arrays)))
+            return way(form, *none, *arrays)
 
         return run
 

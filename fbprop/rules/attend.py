@@ -143,7 +143,7 @@ def _backward(dy, q, k, v, bias, mask, real, seed, out, lse, *, form, wanted):
 def _chosen(form, x, more, run, results, cudnn, splash):
     """The portable way or a kernel, where a program is lowered; kernels get what is there."""
     arrays, dims = [*x, *more], [*DIMS, (0, 2), (0, 1), (0, 2)]
-    there = [i for i, a in enumerate(arrays) if a is not None]
+    there, n = [i for i, a in enumerate(arrays) if a is not None], len(arrays)
 
     group = x.q.shape[3]
     grouped = [i for i, a in enumerate(arrays) if a is not None and i in (0, 7, 9)]  # q, y, dy
@@ -157,9 +157,9 @@ def _chosen(form, x, more, run, results, cudnn, splash):
 
         def portably(*given):
             at = dict(zip(there, given))
-            every = [_flat(at[i]) if i in grouped else at.get(i) for i in range(len(arrays))]
+            every = [_flat(at[i]) if i in grouped else at.get(i) for i in range(n)]
             flat = [(_flat_shape(shape, d), d) for shape, d in results]
-            outs = way(one_head, every, dims[:len(arrays)], flat)
+            outs = way(one_head, every, dims[:n], flat)
             return [y.reshape(shape) for y, (shape, _) in zip(outs, results)]
 
         return portably
