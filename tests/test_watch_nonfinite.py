@@ -258,6 +258,27 @@ def test_a_deep_loop_is_followed_to_its_start():
     assert (found.first().path, found.first().kind) == ("first", "inf")
 
 
+def test_a_long_function_goes_back_in_pieces():
+    """With every value looked at it takes no more memory than the gradient; what is found stays."""
+    def loss(w, x):
+        for _ in range(13):
+            x = jnp.sin(jnp.tanh(x) * w)
+        x = scope("root", jnp.sqrt)(x - w + 1.0)
+        for _ in range(4):
+            x = x + jnp.tanh(x)
+        return jnp.mean(x)
+
+    w, x = jnp.ones(512), jnp.ones((128, 512))  # XLA's least number of so many passes over nan
+    plain = jax.jit(fbprop.value_and_grad(loss)).lower(w, x).compile()
+    compiled = jax.jit(watch.first_nonfinite(loss)).lower(w, x).compile()
+    memory, least = (c.memory_analysis().temp_size_in_bytes for c in (compiled, plain))
+    assert memory <= 1.05 * least
+    _, found = compiled(w.at[3].set(5.0), x)
+    origin = found.first()
+    assert (origin.kind, origin.direction, origin.path) == ("nan", "forward", "root")
+    assert np.isnan(watch.max_abs(x.at[3, 5].set(jnp.nan)))
+
+
 def test_finite_parts_of_an_infinite_sum():
     def loss(x):
         return 2e38 * x + 2e38 * x * jnp.cos(jnp.zeros(()))

@@ -12,6 +12,7 @@ pairs [smallest, largest], nan if a nan is among them, stacked over the loops ar
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,6 +22,11 @@ from fbprop.core.tap import tap
 from fbprop.watch.factors import wide
 from fbprop.watch.points import BODIES
 from fbprop.watch.rerun import inside
+from fbprop.watch.statistics import nan_kept
+
+# Equations that go back at once. So the temporary memory of `first_nonfinite` is 1.15 of the
+# gradient's for a GPT, 1.00 for a ViT and a graph network (jax 0.10.2); in one piece 1.5 to 1.6.
+PIECE = 40
 
 
 def extent(x):
@@ -34,7 +40,9 @@ def extent(x):
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag])
     x = wide(x)
-    return jnp.stack([jnp.min(x), jnp.max(x)]) if x.size else jnp.zeros(2, x.dtype)
+    if not x.size:
+        return jnp.zeros(2, x.dtype)
+    return nan_kept(x, jnp.stack([jnp.min(x), jnp.max(x)]))
 
 
 extent.takes_rows = True
@@ -79,34 +87,64 @@ def goes_inside(eqn, step):
 def recorded(plan, args, zeros):
     """Results of a planned body, and its record, in the form of ``zeros``, as far as it is forward.
 
-    The rest, ``uses`` and ``returns``, are the cotangents of ``zeros``.
+    The rest, ``uses`` and ``returns``, are the cotangents of ``zeros``. A long body goes back a
+    piece at a time, each run once more: what is looked at cannot be fused and would all be held.
     """
     body = jc.open_jaxpr(plan.jaxpr)
     env = dict(zip(body.constvars, jc.consts_of(plan.jaxpr)))
     env.update(zip(body.invars, args))
     record = {**zeros, "values": {}, "chosen": {}, "inner": {}}
-    for i, (eqn, decided) in enumerate(zip(body.eqns, plan.steps)):
-        operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
-        with jc.equation_context(eqn):
-            if i in zeros["chosen"]:
-                record["chosen"][i] = _chosen(operands, zeros["chosen"][i])
-            for k, zero in zeros["uses"].get(i, {}).items():
-                operands[k] = tap(operands[k], [zero], (extent,)) if jc.is_var(eqn.invars[k]) else (
-                    operands[k]
-                )
-        if i in zeros["inner"]:
-            outs, record["inner"][i] = inside(
-                eqn, decided[2], operands, zeros["inner"][i], recorded
-            )
-        else:
-            outs = jc.bind(eqn, operands)
-        with jc.equation_context(eqn):
-            record["values"][i] = {r: extent(outs[r]) for r in zeros["values"][i]}
-        env.update(zip(eqn.outvars, outs))
+    for start in range(0, len(body.eqns), PIECE):
+        numbers = range(len(body.eqns))[start : start + PIECE]
+        taken, left = _passing(body, numbers)
+
+        def piece(values, numbers=numbers, taken=taken, left=left):
+            mine = dict(zip(taken, values))
+            seen = _run(plan, numbers, mine, zeros)
+            return [mine[v] for v in left], seen
+
+        again = jax.checkpoint(piece) if len(body.eqns) > PIECE else piece
+        values, seen = again([env[v] for v in taken])
+        env.update(zip(left, values))
+        for kind, found in seen.items():
+            record[kind].update(found)
     outs = [env[v] if jc.is_var(v) else jc.literal(v) for v in body.outvars]
     for j, zero in zeros["returns"].items():
         outs[j] = tap(outs[j], [zero], (extent,))
     return outs, record
+
+
+def _passing(body, numbers):
+    """The variables that a piece of a body takes from elsewhere, and those it leaves."""
+    piece, after = (body.eqns[k] for k in numbers), body.eqns[numbers.stop :]
+    read = {v: None for eqn in piece for v in eqn.invars if jc.is_var(v)}
+    made = {v: None for k in numbers for v in body.eqns[k].outvars}
+    later = {v for eqn in after for v in eqn.invars if jc.is_var(v)}
+    later |= {v for v in body.outvars if jc.is_var(v)}
+    return [v for v in read if v not in made], [v for v in made if v in later]
+
+
+def _run(plan, numbers, env, zeros):
+    """Run equations on the variables' values ``env``, which get the results; what is recorded."""
+    body, seen = jc.open_jaxpr(plan.jaxpr), {"values": {}, "chosen": {}, "inner": {}}
+    for i in numbers:
+        eqn = body.eqns[i]
+        operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
+        with jc.equation_context(eqn):
+            if i in zeros["chosen"]:
+                seen["chosen"][i] = _chosen(operands, zeros["chosen"][i])
+            for k, zero in zeros["uses"].get(i, {}).items():
+                if jc.is_var(eqn.invars[k]):
+                    operands[k] = tap(operands[k], [zero], (extent,))
+        if i in zeros["inner"]:
+            step = plan.steps[i][2]
+            outs, seen["inner"][i] = inside(eqn, step, operands, zeros["inner"][i], recorded)
+        else:
+            outs = jc.bind(eqn, operands)
+        with jc.equation_context(eqn):
+            seen["values"][i] = {r: extent(outs[r]) for r in zeros["values"][i]}
+        env.update(zip(eqn.outvars, outs))
+    return seen
 
 
 def _chosen(operands, zeros):
