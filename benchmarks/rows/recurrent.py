@@ -1,10 +1,11 @@
-"""LSTM and GRU layers written as anyone would, by `lax.scan` over time."""
+"""Recurrent layers written as anyone would, by `lax.scan` over time, and those of `fbprop.ops`."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.row import operation, row
+from fbprop import ops
 
 SIZES = {
     "smoke": [(5, 2, 3)],
@@ -44,6 +45,15 @@ def recurrent_weights(draw, gates, D, H):
     return draw.weight(D, gates * H), draw.weight(H, gates * H), draw.normal(gates * H, scale=0.1)
 
 
+def rnn_layer(w, u, b, xs):
+    """Hidden states (T, B, H) of a simple recurrent network that starts from zeros."""
+    def step(h, x):
+        h = jnp.tanh(x @ w + h @ u + b)
+        return h, h
+
+    return lax.scan(step, jnp.zeros((xs.shape[1], u.shape[0]), xs.dtype), xs)[1]
+
+
 def _row(layer, gates, draw, T, B, H):
     weights, xs = recurrent_weights(draw, gates, H, H), draw.normal(T, B, H)
     flops = 3 * 2 * T * B * 2 * H * gates * H
@@ -59,3 +69,28 @@ def lstm(draw, T, B, H):
 @row(**SIZES)
 def gru(draw, T, B, H):
     return _row(gru_layer, 3, draw, T, B, H)
+
+
+def _of_ops(layer, ours, gates, draw, T, B, H):
+    """The operation against plain code, batch first as layers are."""
+    weights, xs = recurrent_weights(draw, gates, H, H), draw.normal(B, T, H)
+    return operation(
+        lambda w, u, b, xs: layer(w, u, b, xs.swapaxes(0, 1)).swapaxes(0, 1), [*weights, xs],
+        ours=lambda w, u, b, xs: ours(xs, w, u, b)[0], flops=3 * 2 * T * B * 2 * H * gates * H,
+        tolerance=1e-4,
+    )
+
+
+@row(**SIZES)
+def ops_lstm(draw, T, B, H):
+    return _of_ops(lstm_layer, ops.lstm, 4, draw, T, B, H)
+
+
+@row(**SIZES)
+def ops_gru(draw, T, B, H):
+    return _of_ops(gru_layer, ops.gru, 3, draw, T, B, H)
+
+
+@row(**SIZES)
+def ops_rnn(draw, T, B, H):
+    return _of_ops(rnn_layer, ops.rnn, 1, draw, T, B, H)

@@ -77,6 +77,7 @@ class Operation(Rule):
     def everything(self, *operands, **static):
         """Results and extras, which can be differentiated too."""
         arrays = [jnp.asarray(x) for x in operands if x is not None]
+        arrays = [jc.varying_like(x, *arrays) for x in arrays]  # as JAX's primitives want it
         given = tuple(x is not None for x in operands)
         return self.primitive.bind(
             *arrays, given=given, static=tuple(sorted(static.items())), axes=(), wanted=None

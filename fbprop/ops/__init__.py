@@ -11,10 +11,11 @@ from fbprop.ops.dropout import dropout
 from fbprop.ops.linear_cross_entropy import linear_cross_entropy
 from fbprop.ops.losses import huber, sigmoid_cross_entropy, softmax_cross_entropy
 from fbprop.ops.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from fbprop.ops.recurrent import gru, lstm, rnn
 from fbprop.ops.rotary import rotary
 
 __all__ = [
-    "attention", "batch_norm", "ctc_loss", "dense", "dropout", "geglu", "gelu", "group_norm",
-    "huber", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "sigmoid_cross_entropy",
-    "silu", "softmax_cross_entropy", "swiglu",
+    "attention", "batch_norm", "ctc_loss", "dense", "dropout", "geglu", "gelu", "group_norm", "gru",
+    "huber", "layer_norm", "linear_cross_entropy", "lstm", "rms_norm", "rnn", "rotary",
+    "sigmoid_cross_entropy", "silu", "softmax_cross_entropy", "swiglu",
 ]

@@ -12,6 +12,7 @@ from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import Form
 
 ctc, turn, drop = (sys.modules[f"fbprop.ops.{name}"] for name in ("ctc", "rotary", "dropout"))
+recurrent = sys.modules["fbprop.ops.recurrent"]
 lce = sys.modules["fbprop.ops.linear_cross_entropy"]  # its function has the module's name
 
 
@@ -95,8 +96,26 @@ def rotated(label, shape, interleaved):
                 plain=of(turn._rotary.reference))
 
 
+def over_time(operation, label, biases, states, gates, lengths=None, **static):
+    """A row of a recurrent operation: three steps of two features into two, and what it keeps."""
+    wide, T = max(biases), 3
+    shapes = [(2, T, 2), (2, 2 * wide), (2, 2 * wide), *((2 * n,) for n in biases)]
+    kept = 4 * T + 8 * wide + 4 + 4 * T * (1 + gates) + (0 if lengths is None else 1)
+    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+
+    def of(function):
+        return lambda *operands: function(*operands, lengths, **static)
+
+    specs = *(real(*s) for s in shapes), *[real(2, 2)] * states
+    return Case(operation.name, of(operation), specs, label, plain=of(operation.reference),
+                kept=8 * kept)
+
+
 CASES = [
     dropped((2, 3, 5)),
+    over_time(recurrent._lstm, "", [4], 2, 5, [3, 2]),
+    over_time(recurrent._gru, "", [3, 1], 1, 4),
+    over_time(recurrent._rnn, "", [1], 1, 0, activation="tanh"),
     spelling("", 5, 3, [[1, 1], [2, 1]], [5, 4], [2, 1], 0),
     spelling("blank", 3, 3, [[1]], [3], [1], 2),
     rotated("halves", (2, 5, 3, 2), False), rotated("neighbours", (5, 1, 6), True),
