@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fbprop import ops
 from fbprop.nn import initializers
 from fbprop.nn.layer import Layer
-from fbprop.nn.shapes import check_lengths, check_sequence, check_width, parameter
+from fbprop.nn.shapes import check_sequence, check_width, parameter
 
 
 def lstm(features: int, *, reverse: bool = False, last: bool = False, forget_bias: float = 1.0,
@@ -135,9 +135,7 @@ def _recurrent(name, init, operation, reverse, last):
     def apply(params, x, *, lengths):
         check_sequence(name, x)
         check_width(name, x, parameter(name, params, "kernel").shape[0])
-        if lengths is not None:
-            check_lengths(lengths, x)
-        kind = functools.reduce(jnp.promote_types, (a.dtype for a in jax.tree.leaves(params)), x.dtype)
+        kind = functools.reduce(jnp.promote_types, (a.dtype for a in params.values()), x.dtype)
         own = {k: a.astype(kind) for k, a in params.items()}
         y, state = operation(x.astype(kind), **own, lengths=lengths, reverse=reverse)
         y = jax.tree.leaves(state)[0] if last else y

@@ -58,6 +58,7 @@ def recurrent_arguments(name, gates, x, kernel, recurrent, biases, initial, stat
         if lengths.shape != x.shape[:1]:
             raise ValueError(f"{name}'s lengths are one per example, got shape {lengths.shape} "
                              f"expected {x.shape[:1]}.")
+        lengths = lengths.astype(jnp.int32)
     return [x, kernel, recurrent, *(b for b, _ in biases.values()), *initial, lengths]
 
 

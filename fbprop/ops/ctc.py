@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core.jaxcompat import varying_like
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
 from fbprop.ops.arguments import floating
@@ -130,6 +131,7 @@ def _forward(logits, labels, logit_lengths, label_lengths, *, blank):
     log_p, S = _log_p(z, lam, classes), classes.shape[1]
     # As if the frame before had been at the first blank; from there no label is skipped to.
     start = jnp.full((len(labels), S), -jnp.inf, z.dtype).at[:, 0].set(0)
+    start = varying_like(start, z)
 
     def step(carry, now):
         (a, off), (t, lp) = carry, now
@@ -164,7 +166,8 @@ def _backward(dy, logits, labels, logit_lengths, label_lengths, out, lam, alphas
 
     frames = jnp.arange(z.shape[1], dtype=jnp.int32)
     over = (frames, log_p, alphas, z.swapaxes(0, 1), lam.swapaxes(0, 1))
-    _, dz = lax.scan(step, jnp.full((B, S), -jnp.inf, z.dtype), over, reverse=True)
+    start = varying_like(jnp.full((B, S), -jnp.inf, z.dtype), z)
+    _, dz = lax.scan(step, start, over, reverse=True)
     return dz.swapaxes(0, 1), None, None, None
 
 

@@ -167,9 +167,12 @@ def _directions(operation, arguments, reverse, bidirectional):
 
 
 def _one_way(operation, x, own, lengths, reverse):
+    T = x.shape[1]
+    if T == 0:  # as one step that is not real
+        x, lengths = jnp.pad(x, ((0, 0), (0, 1), (0, 0))), jnp.zeros(len(x), jnp.int32)
     turned = functools.partial(_reversed, lengths=lengths) if reverse else lambda x: x
     out, *state = operation(turned(x), *own, lengths)
-    return turned(out), state[0] if len(state) == 1 else tuple(state)
+    return turned(out)[:, :T], state[0] if len(state) == 1 else tuple(state)
 
 
 def _reversed(x, lengths):
@@ -232,10 +235,9 @@ _LSTM, _GRU = Cell(_lstm_step, _lstm_undo), Cell(_gru_step, _gru_undo)
 
 def _run(cell, x, weights, state, lengths, wanted):
     """Outputs and last state, and what is kept, if a cotangent may be asked for."""
-    keeps = wanted is not None
-    outs, state, kept = recurrence.forward(cell, x, weights, _start(x, weights, state), lengths,
-                                           keeps)
-    return (outs, state[0], *state[1:], *kept)
+    state, keeps = _start(x, weights, state), wanted is not None
+    outs, state, kept = recurrence.forward(cell, x, weights, state, lengths, keeps)
+    return (outs, *state, *kept)
 
 
 def _start(x, weights, state):
