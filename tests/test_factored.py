@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fbprop
+from fbprop.core import factored
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 
@@ -226,13 +227,35 @@ def test_log_softmax_of_a_few_elements(pick, axis):
     )
 
 
-def test_a_loss_by_labels_needs_no_dense_scatter_and_no_log_probabilities():
+def test_a_loss_by_labels_needs_no_dense_scatter_and_no_log_probabilities(monkeypatch):
+    monkeypatch.setattr(factored, "by_platform", lambda *xs, cpu, **_: cpu(*xs))
     x, labels = draw(0, 3, 7), jnp.array([2, 0, 2])
     _, pullback = fbprop.vjp(lambda x: jnp.mean(picked(jax.nn.log_softmax(x), labels)), x)
     assert [y.size for y in jax.tree.leaves(pullback) if y.size == x.size] == [x.size]  # x itself
     whole = [e for e in equations(jax.make_jaxpr(pullback)(1.0)) if e.outvars[0].aval.size == 21]
     assert [e.primitive.name for e in whole].count("scatter-add") == 1
     assert "broadcast_in_dim" not in [e.primitive.name for e in whole]
+
+
+def test_elsewhere_than_on_cpus(monkeypatch):
+    """One element of each row is chosen; rows twice are two arrays, of which XLA makes one."""
+    x, table, labels = draw(0, 3, 7), draw(1, 5, 2), jnp.array([2, 0, 2])
+    losses = {
+        "labels": (lambda x: jnp.sum(picked(jax.nn.log_softmax(x), labels)), x, False),
+        "labels, and more": (lambda x: jnp.sum(picked(x, labels) ** 2) + jnp.sum(x**2), x, False),
+        "table twice": (lambda t: jnp.sum(t[labels] * t[labels + 1]), table, True),
+    }
+    for loss, x, scatters in losses.values():
+        gradient = jax.jit(fbprop.grad(loss, factored=fbprop.Rows))
+        expected = jax.grad(loss)(x)
+        chex.assert_trees_all_close(gradient(x), expected, rtol=1e-5, atol=1e-6)
+        for platform in "cuda", "tpu":
+            text = gradient.trace(x).lower(lowering_platforms=(platform,)).as_text()
+            assert ('stablehlo.scatter"' in text) == scatters
+        with monkeypatch.context() as patch:
+            patch.setattr(factored, "by_platform", lambda *xs, default, **_: default(*xs))
+            there = fbprop.grad(loss, factored=fbprop.Rows)(x)
+        chex.assert_trees_all_close(there, expected, rtol=1e-5, atol=1e-6)
 
 
 def equations(jaxpr):

@@ -59,6 +59,24 @@ def test_same_sums(window, mode, dtype, x64):
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint32"])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_element_of_each_row(mode, dtype):
+    numbers = lax.ScatterDimensionNumbers((), (1,), (1,), (0, 2), (0, 1))
+    at = [[0, 3], [127, 1], [2, 127]]
+    at = at if mode == "promise_in_bounds" else [[3, -1], [127, 0], [-9, 3]]
+    indices = jnp.asarray(np.array(at)[..., None].astype(dtype))
+    assert scatter.is_one_each((3, 150, 2), indices, numbers)
+    assert not scatter.is_one_each((3, 150, 4), indices, numbers)
+    values, expected = draw(1, (3, 2)), np.zeros((3, 150, 2))
+    for (i, j), column in np.ndenumerate(np.asarray(indices, np.int64)[..., 0]):
+        column = np.clip(column, 0, 149) if mode == "clip" else column
+        if 0 <= column < 150:
+            expected[i, column, j] = values[i, j]
+    got = scatter.one_each((3, 150, 2), indices, values, numbers, MODES[mode])
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_no_rows(everywhere):
     numbers, options = lax.ScatterDimensionNumbers((1,), (0,), (0,)), {
         "indices_are_sorted": False, "unique_indices": False, "mode": MODES["clip"]

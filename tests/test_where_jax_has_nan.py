@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fbprop
+from fbprop.rules import library_functions
 
 INF = float("inf")
 
@@ -182,3 +183,18 @@ def test_variance_of_numbers_far_from_zero(fun, mean, x64):
     exact = np.asarray(jax.grad(fun)(x.astype("float64")))
     ours, theirs = (np.abs(np.asarray(m.grad(fun)(x)) - exact).max() for m in (fbprop, jax))
     assert ours <= 1.5 * theirs + 1e-7 * np.abs(exact).max()
+
+
+def test_softmax_in_one_kernel_of_a_gpu(monkeypatch, x64):
+    x = jnp.array([[0.5, -INF, 2.0], [1.0, 2.0, 3.0], [0.0, -INF, -1.0]])
+    dy = jnp.array([[1.0, INF, -3.0], [4.0, 4.0, 4.0], [2.0, jnp.nan, jnp.nan]])
+    gradient = lambda: fbprop.vjp(jax.nn.softmax, x)[1](dy)[0]
+    expected = gradient()
+    monkeypatch.setattr(library_functions, "by_platform", lambda *xs, cuda, **_: cuda(*xs))
+    np.testing.assert_allclose(gradient(), expected, rtol=1e-12, atol=1e-15)
+    p = np.exp([0.5, 2.0]) / np.sum(np.exp([0.5, 2.0]))
+    of_two = 4 * p[0] * p[1]
+    np.testing.assert_allclose(expected[:2], [[of_two, 0, -of_two], [0, 0, 0]], atol=1e-14)
+    np.testing.assert_array_equal(expected[2], [jnp.nan, 0, jnp.nan])
+    monkeypatch.setattr(library_functions, "LONGEST", 2)
+    np.testing.assert_allclose(gradient(), expected, rtol=1e-12, atol=1e-15)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.factored import Factored
+from fbprop.core.factored import Factored, Rows
 from fbprop.core.jaxcompat import sharded_like, zeros
 
 
@@ -42,6 +42,8 @@ def add(a, b):
         return b
     if is_zero(b):
         return a
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        return a.joined(b)
     if isinstance(a, Factored):
         return a.add_to(evaluated(b))
     return b.add_to(a) if isinstance(b, Factored) else lax.add(a, b)
