@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fbprop.core.devices import by_devices, by_platform
+from fbprop.core.devices import at_lowering, by_devices, by_platform
 from fbprop.core.opaque import held
 from fbprop.core.scatter import are_whole_rows, is_one_each, merged, one_each, scatter_add
 
@@ -249,9 +249,12 @@ class Rows(Factored):
     def add_to(self, total):
         """``total`` with these added, in its place; what devices have of it adds up afterwards."""
         if self._is_one_each():
-            return by_platform(
-                total, self.indices, self.values, cpu=self._added, default=self._chosen
-            )
+            if not isinstance(self.values, jax.core.Tracer):
+                return self._added(total, self.indices, self.values)
+            return at_lowering(
+                total, self.indices, self.values,
+                cpu=lambda *xs: [self._added(*xs)], default=lambda *xs: [self._chosen(*xs)],
+            )[0]
         return by_devices(
             total, self.indices, self.values, one=self._added, several=self._apart
         )
@@ -315,8 +318,6 @@ class Rows(Factored):
             inside = (at >= 0) & (at < self.shape[axis])
             values = jnp.where(inside, values, jnp.zeros((), values.dtype))
         shape = (*self.shape[:axis], *self.shape[axis + 1 :])
-        if self._is_one_each():
-            return lax.reshape(values, shape)
 
         def left(dims):
             return tuple(d - (d > axis) for d in dims if d != axis)
@@ -326,7 +327,14 @@ class Rows(Factored):
             left(n.operand_batching_dims), n.scatter_indices_batching_dims,
         )
         indices = jnp.delete(self.indices, column, axis=-1)
-        return Rows(indices, values, shape, numbers, self.options | _UNORDERED).dense()
+        added = lambda at, values: [
+            Rows(at, values, shape, numbers, self.options | _UNORDERED).dense()
+        ]
+        if not self._is_one_each() or not isinstance(values, jax.core.Tracer):
+            return added(indices, values)[0]
+        # On a CPU a sum that is a view of the values has the exponentials of a loss by labels kept.
+        form = lambda _, values: [lax.reshape(values, shape)]
+        return at_lowering(indices, values, cpu=added, default=form)[0]
 
     def over_steps(self, indices, values) -> Rows:
         """The sum over the first axis, which both arrays have besides."""
