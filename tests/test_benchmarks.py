@@ -201,7 +201,7 @@ def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
     ("cpu-jax0.10.2", ["_step,_epoch"]), ("h100-jax0.12.0.1", ["_step,_epoch"]),
     ("v5e-jax0.12.0.1", ["_step,_epoch"]), ("operations-cpu-jax0.10.2", []),
     ("operations-h100-jax0.12.0.1", []), ("operations-v5e-jax0.12.0.1", []),
-    ("sharded-jax0.12.0.1", []), ("large-jax0.12.0.1", []),
+    ("networks-cpu-jax0.10.2", []), ("sharded-jax0.12.0.1", []), ("large-jax0.12.0.1", []),
 ])
 def test_the_readmes_tables_are_those_of_the_results_files(name, rows):
     root = Path(__file__).parent.parent
