@@ -48,8 +48,8 @@ def difference_reconstruction(
       step: α, in units of one example's criterion.
       rate: of the feedback's learning.
       noise: σ; damping: λ.
-      activation: φ, of a chain: one that reaches the layers' values. Below rectifiers tanh does not:
-        of an MLP on Fashion-MNIST 0.779 on test images, with φ(h) = h 0.856.
+      activation: φ, of a chain: one that reaches the layers' values, as tanh those of rectifiers
+        does not: an MLP on Fashion-MNIST comes to 0.779 on test images, with φ(h) = h to 0.856.
 
     Raises:
       TypeError: layers are no list of functions.   ValueError: parameters are none of these layers;
