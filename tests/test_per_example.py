@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import fbprop
+from fbprop import ops
 from fbprop.watch import per_example
 
 B = 5
@@ -86,6 +87,12 @@ def gru(p, tokens):
     return -jnp.mean(lax.scan(step, jnp.zeros((len(tokens), 3)), tokens.T)[1])
 
 
+def by_ops(p, x, tokens):
+    """Operations that multiply by weights: seen as plain code."""
+    h = ops.lstm(ops.dense(x, p["in"], activation="gelu"), p["wx"], p["wh"])[0]
+    return ops.linear_cross_entropy(h, p["out"], tokens)
+
+
 def shared(p, x, y):
     """One weight used three times, once transposed, in rematerialised code."""
     f = jax.checkpoint(lambda x: jnp.tanh(x @ p["w"]))
@@ -131,6 +138,8 @@ def cases():
     yield lstm, cell, (n(3, B, 11, 2), n(4, B, 11, 3))
     yield gru, {"e": n(0, 7, 2), "z": n(1, 2, 3), "u": n(2, 3, 3), "c": n(3, 2, 3),
                 "out": n(4, 3, 7)}, (integers(5, 7, B, 9),)
+    yield by_ops, {"in": n(0, 2, 2), "wx": n(1, 2, 12), "wh": n(2, 3, 12), "out": n(3, 3, 7)}, (
+        n(4, B, 5, 2), integers(5, 7, B, 5))
     yield shared, {"w": n(0, 3, 3)}, (n(1, B, 2, 3), n(2, B, 2, 3))
     yield plain, {"a": n(0, 3, 2), "b": n(1, 2, 3), "c": n(2, 6), "s": n(3), "none": n(4, 2)}, (
         n(5, B, 3), n(6, B, 2))
@@ -190,7 +199,7 @@ def assert_close(found, expected, **tolerance):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("loss", [c.__name__ for c in (
-    dense, over_time, convolutions, transformer, lstm, gru, shared, plain, keyed, picked)])
+    dense, over_time, convolutions, transformer, lstm, gru, by_ops, shared, plain, keyed, picked)])
 def test_as_of_every_examples_own_gradient(loss):
     loss, params, batch = next(c for c in cases() if c[0].__name__ == loss)
     both = jax.jit(lambda *args: (fast(loss, *args), slow(loss, *args)))
@@ -203,6 +212,7 @@ WAYS = {
     over_time: {"['w']": "inner products of factors", "['v']": "inner products of factors"},
     convolutions: {"['k']": "array of one", "['w']": "norms of two"},
     transformer: {"['e']": "inner products of rows; ", "['qkv']": "array of one"},
+    by_ops: {"['in']": "array of one", "['wx']": "array of one", "['out']": "array of one"},
     lstm: {"['wx']": "array of one", "['b']": "its own"},
     plain: {"['a']": "its own", "['c']": "its own", "['none']": "it is 0"},
 }

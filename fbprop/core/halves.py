@@ -149,27 +149,48 @@ def depends_on(jaxpr, inputs) -> set:
     return found
 
 
-def inlined(jaxpr, table=None):
+def weights_in_sight(jaxpr, table):
+    """The jaxpr with operations of ours that multiply by weights as plain code, if there are any.
+
+    Not of loops and branches: there they stay.
+    """
+    def within(jaxpr):
+        eqns = jc.open_jaxpr(jaxpr).eqns
+        return any(_weighs(eqn, table) or (eqn.primitive.name == "jit" and
+                   within(eqn.params["jaxpr"])) for eqn in eqns)
+
+    return inlined(inlined(jaxpr, table, weights=True), table) if within(jaxpr) else jaxpr
+
+
+def inlined(jaxpr, table=None, weights=False):
     """The jaxpr with nested `jit` calls written out, but for library functions that have a rule.
 
-    Without a table, those too.
+    Without a table, those too. With ``weights`` operations that multiply by such as plain code.
 
     Inside a loop or a branch everything is compiled as one anyway, and values inside the calls
     become visible: what a call computes from loop constants alone is then not kept per step.
     """
     outlined = table.outlined if table else lambda jaxpr: jaxpr
     jaxpr = outlined(jaxpr)
-    if not any(_inlines(eqn, table) for eqn in jc.open_jaxpr(jaxpr).eqns):
+    written = lambda eqn: weights and _weighs(eqn, table)
+    if not any(_inlines(eqn, table) or written(eqn) for eqn in jc.open_jaxpr(jaxpr).eqns):
         return jaxpr
 
     def run(jaxpr, args):
         body = jc.open_jaxpr(outlined(jaxpr))
         env = dict(zip((*body.constvars, *body.invars), (*jc.consts_of(jaxpr), *args)))
+        used = {v for e in body.eqns for v in e.invars if jc.is_var(v)} | set(
+            filter(jc.is_var, body.outvars))
         for eqn in body.eqns:
             operands = [env[v] if jc.is_var(v) else v.val for v in eqn.invars]
             if _inlines(eqn, table):
                 with jc.equation_context(eqn):
                     outs = run(eqn.params["jaxpr"], operands)
+            elif written(eqn):
+                with jc.equation_context(eqn):
+                    rule = table[eqn.primitive.name]
+                    extras = not used.isdisjoint(eqn.outvars[rule.results:])
+                    outs = rule.in_plain_code(*operands, extras=extras, **eqn.params)
             else:
                 outs = jc.bind(eqn, operands)
             env.update(zip(eqn.outvars, outs))
@@ -182,3 +203,7 @@ def _inlines(eqn, table):
     if eqn.primitive.name != "jit" or jc.is_sharded(eqn):
         return False
     return table is None or table.function(eqn)[0] is None
+
+
+def _weighs(eqn, table):
+    return getattr(table.get(eqn.primitive.name), "weighs", False)

@@ -42,6 +42,7 @@ class Operation(Rule):
       extras: names of what ``forward`` returns besides the results.
       results: how many results there are; a function of several returns a tuple.
       formulation: ``site -> str``, for `fbprop.explain`.
+      weighs: whether it multiplies by weights: what looks for such products sees the reference.
 
     Operands that are None are not there; all other arguments are static and hashable.
     """
@@ -49,8 +50,9 @@ class Operation(Rule):
     takes_zeros = True
 
     def __init__(self, name, math, reference, forward, backward, *, extras=(), results=1,
-                 formulation=lambda site: ""):
+                 formulation=lambda site: "", weighs=False):
         super().__init__(name, math, forward, backward)
+        self.weighs = weighs
         parameters = inspect.signature(forward).parameters.values()
         self.operands = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
         self.reference, self._forward, self._backward = reference, forward, backward
@@ -162,15 +164,17 @@ class Operation(Rule):
 
         return list(_mapped(forward, axes)(*arrays))
 
-    def in_plain_code(self, *arrays, given, static, axes, wanted):
+    def in_plain_code(self, *arrays, extras=True, given, static, axes, wanted):
         """Results by the reference, and extras: the operation as ordinary equations."""
         def reference(*arrays):
-            with own_broadcasting():
-                outs = self.reference(*_spread(arrays, given), **dict(static))
+            outs = self.reference(*_spread(arrays, given), **dict(static))
             return outs if isinstance(outs, tuple) else (outs,)
 
+        results = list(_mapped(reference, axes)(*arrays))
+        if not extras:
+            return results
         outs = self.run(*arrays, given=given, static=static, axes=axes, wanted=wanted)
-        return [*_mapped(reference, axes)(*arrays), *outs[self.results:]]
+        return [*results, *outs[self.results:]]
 
     def _pulled(self, arrays, outs, douts, types, moving, **params):
         """A cotangent or None per array that is there.

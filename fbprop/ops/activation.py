@@ -201,6 +201,6 @@ def _dense_backward(dy, x, w, z, *, name):
 
 _dense = Operation(
     "dense", "y = f(z), z = x w + b;  z̄ = ȳ f'(z), x̄ = z̄ wᵀ, w̄ = xᵀ z̄, b̄ = Σ z̄.  Keeps x, w, z.",
-    _dense_reference, _dense_forward, _dense_backward, extras=("z",),
+    _dense_reference, _dense_forward, _dense_backward, extras=("z",), weighs=True,
 )
 register(*_activate.rules, *_gate.rules, *_dense.rules)

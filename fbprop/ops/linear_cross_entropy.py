@@ -228,13 +228,13 @@ cross_entropy = Operation(
     f"y = Σ share ℓ, ℓ = λ − (1 − ε) z[label] − ε mean z + z_loss λ², {MATH}  Keeps the gradient "
     "itself, for ȳ = 1.",
     lambda *operands, form: jnp.sum(reference(*operands, form=form)), _summed, _summed_backward,
-    extras=("losses", "dx", "dw", "db"), formulation=_formulation,
+    extras=("losses", "dx", "dw", "db"), formulation=_formulation, weighs=True,
 )
 cross_entropies = Operation(
     "linear_cross_entropies",
     f"y = share ℓ, ℓ = λ − (1 − ε) z[label] − ε mean z + z_loss λ², {MATH}  Logits are computed "
     "again, by chunks of rows.",
-    reference, _each, _each_backward, formulation=_formulation,
+    reference, _each, _each_backward, formulation=_formulation, weighs=True,
 )
 register(*cross_entropy.rules, *cross_entropies.rules)
 

@@ -349,17 +349,17 @@ _lstm = Operation(
     "lstm", "z = x W + h U + b, c' = σ(f) c + σ(i) tanh g, h' = σ(o) tanh c';  W̄ = Σ xᵀ z̄, "
     "Ū = Σ hᵀ z̄, x̄ = z̄ Wᵀ, h̄ = z̄ Uᵀ.  Keeps x, W, U, outputs, gates and c.",
     lstm_reference, _lstm_forward, _lstm_backward, extras=("i", "f", "g", "o", "before"),
-    results=3, formulation=_formulation,
+    results=3, formulation=_formulation, weighs=True,
 )
 _gru = Operation(
     "gru", "r, z = σ(x W + h U + b), n = tanh(x W + b + r (h U + b')), h' = (1 − z) n + z h;  "
     "W̄ = Σ xᵀ z̄, Ū = Σ hᵀ z̄', x̄ = z̄ Wᵀ, h̄ = h̄' z + z̄' Uᵀ.  Keeps x, W, U, outputs, gates.",
     gru_reference, _gru_forward, _gru_backward, extras=("r", "z", "n", "m"), results=2,
-    formulation=_formulation,
+    formulation=_formulation, weighs=True,
 )
 _rnn = Operation(
     "rnn", "h' = f(x W + h U + b);  z̄ = h̄' f', W̄ = Σ xᵀ z̄, Ū = Σ hᵀ z̄, x̄ = z̄ Wᵀ, h̄ = z̄ Uᵀ.  "
     "Keeps x, W, U and outputs.",
-    rnn_reference, _rnn_forward, _rnn_backward, results=2, formulation=_formulation,
+    rnn_reference, _rnn_forward, _rnn_backward, results=2, formulation=_formulation, weighs=True,
 )
 register(*_lstm.rules, *_gru.rules, *_rnn.rules)

@@ -107,7 +107,7 @@ def sweep(consume, loss: Callable, params, batch, has_aux=False, rules=None, at_
         return value
 
     table = unsummed(_rules.current() if rules is None else rules)
-    parted = Parted(inlined(traced_apart(flat, leaves, examples), table), len(leaves))
+    parted = Parted(inlined(traced_apart(flat, leaves, examples, table), table), len(leaves))
     used, shared = parted.first(leaves)
 
     def of_one(example):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 
 from fbprop.core import jaxcompat as jc
-from fbprop.core.halves import needed_equations
+from fbprop.core.halves import needed_equations, weights_in_sight
 
 APART, SUMMED, POSITIONS = "apart", "summed", "positions"
 NOTHING = frozenset()
@@ -28,8 +28,8 @@ OF_POSITIONS = {
 PRIMES = (1009, 1013, 1019, 1021, 1031, 1033)
 
 
-def traced_apart(flat, parameters, examples):
-    """The jaxpr of a loss for a batch of one example.
+def traced_apart(flat, parameters, examples, table):
+    """The jaxpr of a loss for a batch of one example, products with weights in sight.
 
     Args:
       flat: ``(*parameters, *examples) -> loss``; examples: with the batch in front.
@@ -42,7 +42,7 @@ def traced_apart(flat, parameters, examples):
 
     def traced(size):
         types = [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in examples]
-        return jax.make_jaxpr(flat)(*parameters, *types)
+        return weights_in_sight(jax.make_jaxpr(flat)(*parameters, *types), table)
 
     found = []
     for size in (1, prime):
