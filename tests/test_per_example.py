@@ -88,7 +88,6 @@ def gru(p, tokens):
 
 
 def by_ops(p, x, tokens):
-    """Operations that multiply by weights: seen as plain code."""
     h = ops.lstm(ops.dense(x, p["in"], activation="gelu"), p["wx"], p["wh"])[0]
     return ops.linear_cross_entropy(h, p["out"], tokens)
 
