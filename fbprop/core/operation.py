@@ -190,7 +190,7 @@ class Operation(Rule):
         if any(d is not None for d in dys):
             outs_of = types[len(arrays):]
             dys = [ct.filled(ct.ZERO, a) if d is None else d for d, a in zip(dys, outs_of)]
-            dins = self._by_hand(arrays, outs, dys, moving, **params)
+            dins = self._by_hand(arrays, outs, dys, types, moving, **params)
             dins = [d if d is None else d.astype(a.dtype) for d, a in zip(dins, types)]
         if all(d is None for d in dextras):
             return dins
@@ -206,7 +206,7 @@ class Operation(Rule):
             dins[i] = d if dins[i] is None else dins[i] + d
         return dins
 
-    def _by_hand(self, arrays, outs, dys, moving, *, given, static, axes, wanted):
+    def _by_hand(self, arrays, outs, dys, types, moving, *, given, static, axes, wanted):
         """What cotangents of the results give; axes: per `jax.vmap` around it, the arrays'."""
         index = self._index(given)
         asked = dict(static, wanted=tuple(_spread(moving, given)))
@@ -229,6 +229,11 @@ class Operation(Rule):
         pulled = backward
         for level in reversed(levels):
             pulled = _mapped_and_summed(pulled, [level[i] for i in there], level)
+        layouts = [jc.explicit_sharding(t) for t in types[:len(arrays)]]
+        if any(map(jc.explicit_sharding, map(jax.typeof, (values[i] for i in there)))):
+            # What is between has no types that say where it lies: a cotangent lies as its operand.
+            pulled = jax.sharding.auto_axes(
+                pulled, out_sharding=tuple(s if m else None for s, m in zip(layouts, moving)))
         return list(pulled(*(values[i] for i in there)))
 
     # As JAX's primitives

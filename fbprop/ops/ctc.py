@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.jaxcompat import varying_like
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
 from fbprop.ops.arguments import floating
@@ -76,8 +75,9 @@ def ctc_loss(logits, labels, *, logit_lengths=None, label_lengths=None, blank: i
 
 def _spelled(labels, blank):
     """l' [B, S], and where two places may be skipped to it [B, S]."""
-    B, N = labels.shape
-    classes = jnp.full((B, 2 * N + 1), blank, jnp.int32).at[:, 1::2].set(labels.astype(jnp.int32))
+    labels = labels.astype(jnp.int32)
+    pairs = jnp.stack([jnp.full_like(labels, blank), labels], -1).reshape(len(labels), 2 * labels.shape[1])
+    classes = jnp.pad(pairs, ((0, 0), (0, 1)), constant_values=blank)
     two_before = jnp.pad(classes, ((0, 0), (2, 0)), constant_values=-1)[:, :-2]
     return classes, (classes != blank) & (two_before >= 0) & (classes != two_before)
 
@@ -130,8 +130,7 @@ def _forward(logits, labels, logit_lengths, label_lengths, *, blank):
     classes, skips = _spelled(labels, blank)
     log_p, S = _log_p(z, lam, classes), classes.shape[1]
     # As if the frame before had been at the first blank; from there no label is skipped to.
-    start = jnp.full((len(labels), S), -jnp.inf, z.dtype).at[:, 0].set(0)
-    start = varying_like(start, z)
+    start = jnp.where(jnp.arange(S) == 0, 0, jnp.full_like(log_p[0], -jnp.inf))
 
     def step(carry, now):
         (a, off), (t, lp) = carry, now
@@ -166,8 +165,7 @@ def _backward(dy, logits, labels, logit_lengths, label_lengths, out, lam, alphas
 
     frames = jnp.arange(z.shape[1], dtype=jnp.int32)
     over = (frames, log_p, alphas, z.swapaxes(0, 1), lam.swapaxes(0, 1))
-    start = varying_like(jnp.full((B, S), -jnp.inf, z.dtype), z)
-    _, dz = lax.scan(step, start, over, reverse=True)
+    _, dz = lax.scan(step, jnp.full_like(log_p[0], -jnp.inf), over, reverse=True)
     return dz.swapaxes(0, 1), None, None, None
 
 

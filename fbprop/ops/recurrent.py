@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.jaxcompat import varying_like
 from fbprop.core.operation import Operation
-from fbprop.core.precision import at_least_float32, wide_dtype
+from fbprop.core.precision import at_least_float32
 from fbprop.ops import recurrence
 from fbprop.ops.arguments import recurrent_arguments
 from fbprop.ops.recurrence import Cell, Weights
@@ -179,7 +178,8 @@ def _reversed(x, lengths):
     """Real steps in the other order; padded ones stay."""
     if lengths is None:
         return jnp.flip(x, 1)
-    t, lengths = jnp.arange(x.shape[1], dtype=jnp.int32), lengths[:, None]
+    T = x.shape[1]
+    t, lengths = jnp.arange(T, dtype=jnp.int32), jnp.minimum(lengths, T)[:, None]
     return jnp.take_along_axis(x, jnp.where(t < lengths, lengths - 1 - t, t)[..., None], 1)
 
 
@@ -242,8 +242,9 @@ def _run(cell, x, weights, state, lengths, wanted):
 
 def _start(x, weights, state):
     """The state before the first step, [B, H] each, 0 unless given."""
-    zero = jnp.zeros((x.shape[0], weights.recurrent.shape[0]), wide_dtype(x.dtype))
-    return [varying_like(zero, x) if s is None else s for s in state]
+    none = at_least_float32(jnp.sum(jnp.zeros_like(x[:, 0]), 1, keepdims=True))  # laid out as x
+    zero = none + jnp.zeros(weights.recurrent.shape[0], none.dtype)
+    return [zero if s is None else s for s in state]
 
 
 def _back(cell, dys, x, kernel, recurrent, h, lengths, out, kept, wanted, biases):
