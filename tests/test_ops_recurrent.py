@@ -152,32 +152,36 @@ def test_keeps_what_its_docstring_says():
         assert "cotangents of 8 steps at once" in str(found)
 
 
-def test_operations_within_shard_map():
-    """Weights are the same on all devices: their cotangents are summed over these, by either."""
+def on_devices(k, x):
+    """A loss by operations that multiply by weights, or have loops."""
+    labels = jnp.ones((len(x), 5), jnp.int32)
+    outs = [
+        ops.lstm(x, k, k[:2], k[0])[0],
+        ops.ctc_loss(x @ k, labels[:, :2]),
+        ops.rms_norm(x, k[:, 0]),
+        ops.dense(x, k, k[0], activation="silu"),
+        ops.linear_cross_entropy(x, k, labels, reduction="none"),
+        ops.attention(*([(x @ k)[:, :, None]] * 3), scale=1.0),
+    ]
+    return sum(jnp.sum(jnp.sin(y)) for y in outs)
+
+
+def test_operations_on_several_devices():
+    """Weights are the same on all: their cotangents are summed, within `shard_map` and by types."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
-    labels = jnp.ones((4, 5), jnp.int32)
-    functions = {
-        "lstm": lambda k, x: ops.lstm(x, k, k[:2], k[0])[0],
-        "ctc": lambda k, x: ops.ctc_loss(x @ k, jnp.ones((len(x), 2), jnp.int32)),
-        "norm": lambda k, x: ops.rms_norm(x, k[:, 0]),
-        "dense": lambda k, x: ops.dense(x, k, k[0], activation="silu"),
-        "head": lambda k, x: ops.linear_cross_entropy(x, k, labels[:len(x)], reduction="none"),
-        "attention": lambda k, x: ops.attention(*([(x @ k)[:, :, None]] * 3), scale=1.0),
-    }
     x, k = drawn(4, 5, 2), drawn(2, 8, seed=1)
-
-    def losses(k, x):
-        return {name: jnp.sum(jnp.sin(f(k, x))) for name, f in functions.items()}
-
-    def total(k, x):
-        return sum(losses(k, x).values())
-
     spread = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
-    inside = jax.jit(spread(jax.grad(total)))(k, x)
-    outside = jax.jit(fbprop.grad(spread(lambda k, x: jax.lax.psum(total(k, x), "d"))))(k, x)
-    expected = jax.jit(jax.grad(total))(k, x)
-    np.testing.assert_allclose(inside, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(outside, expected, rtol=1e-4, atol=1e-5)
+    inside = jax.jit(spread(jax.grad(on_devices)))(k, x)
+    total = spread(lambda k, x: jax.lax.psum(on_devices(k, x), "d"))
+    outside = jax.jit(fbprop.grad(total))(k, x)
+    typed = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(typed):
+        at = functools.partial(jax.NamedSharding, typed)
+        operands = jax.device_put(k, at(P())), jax.device_put(x, at(P("d")))
+        explicit = np.asarray(jax.jit(fbprop.grad(on_devices))(*operands))
+    expected = jax.jit(jax.grad(on_devices))(k, x)
+    for found in (inside, outside, explicit):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 X, (W, U, BIAS) = drawn(B, T, D), weights("lstm")

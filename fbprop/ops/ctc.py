@@ -76,7 +76,8 @@ def ctc_loss(logits, labels, *, logit_lengths=None, label_lengths=None, blank: i
 def _spelled(labels, blank):
     """l' [B, S], and where two places may be skipped to it [B, S]."""
     labels = labels.astype(jnp.int32)
-    pairs = jnp.stack([jnp.full_like(labels, blank), labels], -1).reshape(len(labels), 2 * labels.shape[1])
+    pairs = jnp.stack([jnp.full_like(labels, blank), labels], -1)
+    pairs = pairs.reshape(len(labels), 2 * labels.shape[1])
     classes = jnp.pad(pairs, ((0, 0), (0, 1)), constant_values=blank)
     two_before = jnp.pad(classes, ((0, 0), (2, 0)), constant_values=-1)[:, :-2]
     return classes, (classes != blank) & (two_before >= 0) & (classes != two_before)
