@@ -76,12 +76,22 @@ def _masked_softmax(out, axis):
         return _where_positive(out, out * (dy - total))
 
     def in_one(dy, out):
-        # No number is above the largest. But what meets one number of its row XLA computes on a GPU
-        # in one kernel, with what is next to it: the sum by itself it does not.
-        dy = _where_positive(out, dy)
-        return masked(jnp.minimum(dy, jnp.max(dy, axis, keepdims=True)), out)
+        return masked(_at_most_largest(_where_positive(out, dy), axis), out)
 
     return {"cuda": in_one if _in_one_kernel(out, axis) else masked, "default": masked}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _at_most_largest(x, axis):
+    """x, since no number is above the largest; the derivative of a minimum would be half at ties.
+
+    But what meets one number of its row XLA computes on a GPU in one kernel, with what is next to
+    it: the sum of a softmax by itself it does not.
+    """
+    return jnp.minimum(x, jnp.max(x, axis, keepdims=True))
+
+
+_at_most_largest.defjvp(lambda axis, x, dots: (_at_most_largest(*x, axis), *dots))
 
 
 def _in_one_kernel(out, axis):
