@@ -18,7 +18,7 @@ from jax import lax
 from fbprop.core.devices import at_lowering
 from fbprop.core.jaxcompat import varying_like
 from fbprop.core.precision import at_least_float32, wide_dtype
-from fbprop.rules.sweep import chunk_size
+from fbprop.rules.sweep import chunk_size, in_chunks
 
 
 class Cell(NamedTuple):
@@ -57,7 +57,7 @@ def _product(a, b, *over):
 
 def _counts(lengths, t):
     """Whether a step, or each of several, is real: [1, B] or [K, 1, B]; None where all are."""
-    return None if lengths is None else jnp.asarray(t)[..., None, None] < lengths
+    return None if lengths is None else t[..., None, None] < lengths
 
 
 def _kept_if(real, new, old):
@@ -94,7 +94,7 @@ def forward(cell, x, weights, state, lengths, keeps):
 
 
 def backward(cell, dys, x, weights, h, lengths, out, kept, wanted):
-    """Cotangents of x, the four `Weights` and the first state; None for some not wanted.
+    """Cotangents of x, the four `Weights` and the first state; zeros where none is wanted.
 
     Args:
       dys: of the outputs and of the last state.
@@ -136,28 +136,21 @@ class _Sweep(NamedTuple):
     def run(self, dys, kept, size):
         """x̄, the weights' and biases' cotangents, and the first state's, from the last chunk on."""
         dout, *dstate = dys
-        kind, n = wide_dtype(self.x.dtype), self.x.shape[1] // size
+        kind, T = wide_dtype(self.x.dtype), self.x.shape[1]
         dstate = [at_least_float32(d).T for d in dstate]
         width = self.recurrent.shape[1]
         sums = [jnp.zeros(s, kind) for s in ((width, self.x.shape[2]), self.recurrent.shape[::-1],
                                              (width,), (width,))]
-        parts = [k.reshape(n, size, *k.shape[1:]) for k in kept]
         carry = dstate, [varying_like(s, dout) for s in sums], jnp.zeros_like(self.x)
-
-        if n == 1:
-            carry = self._chunk(carry, dout, jnp.int32(0), kept, size)
-        else:
-            now = jnp.arange(n, dtype=jnp.int32), parts
-            chunk = lambda carry, now: (self._chunk(carry, dout, *now, size), None)
-            carry, _ = lax.scan(chunk, carry, now, reverse=True)
+        over = jnp.arange(T, dtype=jnp.int32), list(kept)
+        chunk = lambda carry, over, size: (self._chunk(carry, dout, *over, size), None)
+        carry, _ = in_chunks(chunk, carry, over, T, size, reverse=True)
         dstate, (dw, du, db, dbr), dx = carry
         return [dx, dw.T, du.T, db, dbr, *(d.T for d in dstate)]
 
-    def _chunk(self, carry, dout, i, kept, size):
+    def _chunk(self, carry, dout, times, kept, size):
         dstate, sums, dx = carry
-        first, real = i * size, None
-        if self.lengths is not None:
-            real = _counts(self.lengths, first + jnp.arange(size, dtype=jnp.int32))
+        first, real = times[0], _counts(self.lengths, times)
         before, after = self._outputs(first, size)
         columns = (jnp.swapaxes(a, 1, 2) for a in (self._rows(dout, first, size), before, after))
         dstate, (dfrom_x, dfrom_h) = lax.scan(

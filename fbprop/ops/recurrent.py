@@ -235,22 +235,22 @@ _LSTM, _GRU = Cell(_lstm_step, _lstm_undo), Cell(_gru_step, _gru_undo)
 
 def _run(cell, x, weights, state, lengths, wanted):
     """Outputs and last state, and what is kept, if a cotangent may be asked for."""
-    state, keeps = _start(x, weights, state), wanted is not None
+    state, keeps = _start(x, weights.recurrent, state), wanted is not None
     outs, state, kept = recurrence.forward(cell, x, weights, state, lengths, keeps)
     return (outs, *state, *kept)
 
 
-def _start(x, weights, state):
+def _start(x, recurrent, state):
     """The state before the first step, [B, H] each, 0 unless given."""
     none = at_least_float32(jnp.sum(jnp.zeros_like(x[:, 0]), 1, keepdims=True))  # laid out as x
-    zero = none + jnp.zeros(weights.recurrent.shape[0], none.dtype)
+    zero = none + jnp.zeros(recurrent.shape[0], none.dtype)
     return [zero if s is None else s for s in state]
 
 
 def _back(cell, dys, x, kernel, recurrent, h, lengths, out, kept, wanted, biases):
     """A cotangent per operand: x, W, U, biases, states, lengths."""
     weights = Weights(kernel, recurrent, None, None)
-    (h,) = _start(x, weights, [h])
+    (h,) = _start(x, recurrent, [h])
     dx, dweights, dstate = recurrence.backward(
         cell, dys, x, weights, h, lengths, out, kept, (wanted[0], any(wanted[1:3 + biases])))
     return [dx, *dweights[:2 + biases], *dstate, None]
@@ -315,8 +315,7 @@ def lstm_reference(x, kernel, recurrent, bias, h, c, lengths):
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         return [jax.nn.sigmoid(o) * jnp.tanh(c), c]
 
-    state = _start(x, Weights(kernel, recurrent, bias, None), [h, c])
-    return _over_time(step, x, state, lengths)
+    return _over_time(step, x, _start(x, recurrent, [h, c]), lengths)
 
 
 def gru_reference(x, kernel, recurrent, bias, recurrent_bias, h, lengths):
@@ -328,8 +327,7 @@ def gru_reference(x, kernel, recurrent, bias, recurrent_bias, h, lengths):
         m = m if recurrent_bias is None else m + recurrent_bias.astype(m.dtype)
         return [(1 - z) * jnp.tanh(xn + r * m) + z * h]
 
-    state = _start(x, Weights(kernel, recurrent, bias, None), [h])
-    return _over_time(step, x, state, lengths)
+    return _over_time(step, x, _start(x, recurrent, [h]), lengths)
 
 
 def rnn_reference(x, kernel, recurrent, bias, h, lengths, *, activation):
@@ -337,8 +335,7 @@ def rnn_reference(x, kernel, recurrent, bias, h, lengths, *, activation):
         z = _product(x, kernel, bias) + _product(state[0], recurrent, None)
         return [ACTIVATIONS[activation](z)]
 
-    state = _start(x, Weights(kernel, recurrent, bias, None), [h])
-    return _over_time(step, x, state, lengths)
+    return _over_time(step, x, _start(x, recurrent, [h]), lengths)
 
 
 def _formulation(site):
