@@ -13,7 +13,7 @@ import fbprop
 from benchmarks.row import SIZES, Row, entries, named, row
 
 # Imported for what it does: these put the steps into the table that `entries` reads below.
-from benchmarks.rows import image_steps, other_steps, sequence_steps, steps  # noqa: F401  (fill the table of rows)
+from benchmarks.rows import image_steps, other_steps, sequence_steps, steps  # noqa: F401
 from fbprop import watch
 
 
