@@ -1,4 +1,4 @@
-"""Pairs of processes with four simulated devices each, forked from one that has imported JAX."""
+"""Pairs of processes with simulated devices, forked from one that has imported JAX."""
 
 import contextlib
 import os
@@ -8,10 +8,27 @@ import socket
 import subprocess
 import sys
 
-PROGRAM = """
+PROGRAM = '''
 import os, sys
 import jax
+from jax._src import compiler
+from jax.experimental import multihost_utils
 import mesh_runs  # starts no backend: a child has its own
+
+
+class FirstProcess:
+    process_id, client = 0, None
+
+
+def cache_apart(process):
+    """JAX has only the first of several processes write what it compiles: 0.7 s a start.
+
+    Here each has a directory of its own for it.
+    """
+    where = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], process)
+    jax.config.update("jax_compilation_cache_dir", where)
+    compiler.distributed = type("", (), {"global_state": FirstProcess})
+
 
 for line in sys.stdin:
     name, directory, port, process = line.split()
@@ -24,6 +41,7 @@ for line in sys.stdin:
         continue
     out = os.open(f"{directory}.{process}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
+    cache_apart(process)
     try:
         getattr(mesh_runs, name)(directory, int(port), int(process))
         jax.distributed.shutdown()
@@ -31,15 +49,19 @@ for line in sys.stdin:
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
-"""
+'''
 
 
 class Nursery:
-    """Runs functions of `mesh_runs` in two processes, as often as asked."""
+    """Runs functions of `mesh_runs` in two processes, as often as asked.
 
-    def __init__(self, cache):
+    Args:
+      cache: directory for compiled programs; devices: of each process.
+    """
+
+    def __init__(self, cache, devices=4):
         env = os.environ | {
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": os.pathsep.join(sys.path),

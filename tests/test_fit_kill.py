@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-ROUNDS = 100
+ROUNDS = 80
 
 # Only the import of JAX is shared: a child is forked before any backend exists, and starts its own.
 NURSERY = f"""
@@ -33,7 +33,7 @@ def run(directory):
         return jnp.mean((batch["x"] @ params["w"].astype(jnp.float32) - batch["y"]) ** 2)
 
     optimizer = optim.chain(optim.adam(0.01), optim.average_params(0.9))
-    state = train.init({{"w": jnp.eye(5, dtype=jnp.bfloat16)}}, optimizer, jax.random.key(1),
+    state = train.init({{"w": np.eye(5, dtype=jnp.bfloat16)}}, optimizer, jax.random.key(1),
                        model_state={{"mean": jnp.zeros(())}})
     train.fit(loss, optimizer, state, data, batch_size=5, every=2, epochs={ROUNDS} // 2,
               metric=metric, held_out=data, checkpoints=directory, log=directory + "/log.jsonl")

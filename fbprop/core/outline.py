@@ -12,6 +12,9 @@ import functools
 import itertools
 from collections.abc import Mapping
 
+import jax.numpy as jnp
+import numpy as np
+
 from fbprop.core.jaxcompat import is_var, open_jaxpr, with_equations
 from fbprop.core.library import (
     CALLS,
@@ -37,8 +40,9 @@ def outlined(jaxpr, functions: Mapping[str, list[str]]):
       functions: dotted names to look for, by their last part.
     """
     body, starting = open_jaxpr(jaxpr), {}
+    dtypes = ("float32", "bfloat16") if _is_narrow(body) else ("float32",)
     for dotted in filter(exists, itertools.chain(*functions.values())):
-        for trace in _traces(dotted):
+        for trace in _traces(dotted, dtypes):
             starting.setdefault(trace[0], []).append((trace, dotted))
     kinds = [*map(_kind, body.eqns)]
     found, gone = {}, set()
@@ -60,12 +64,18 @@ def _kind(eqn):
     return f"{name} {call_name(eqn)}" if name in CALLS else name
 
 
+def _is_narrow(body):
+    """Whether there are 16-bit numbers: for them functions are traced once more, 2 ms each."""
+    atoms = itertools.chain(body.invars, *(eqn.invars for eqn in body.eqns))
+    return any(getattr(x.aval, "dtype", None) in (np.float16, jnp.bfloat16) for x in atoms)
+
+
 @functools.cache
-def _traces(dotted):
+def _traces(dotted, dtypes):
     """The kinds of equations a function consists of, if several, per way to call it."""
     found = {}
     for dtype, options in itertools.product(
-        ("float32", "bfloat16"), argument_sets(dotted, axis=[0], keepdims=[False, True])
+        dtypes, argument_sets(dotted, axis=[0], keepdims=[False, True])
     ):
         fun = functools.partial(resolve(dotted), **dict(options))
         found[tuple(map(_kind, traced(fun, dotted, dtype)))] = None

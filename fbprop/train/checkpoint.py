@@ -9,6 +9,7 @@ own, and the manifest names them (`fbprop.train.shards`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -258,6 +259,7 @@ def _dtype(entry):
     return None if entry["dtype"].startswith("key<") else jnp.dtype(entry["dtype"])
 
 
+@functools.cache
 def _version(package):
     try:
         return installed.version(package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ class ArrayFeed:
             _check_numbers(data)
             mesh.check(batch_size)
             self.data = jax.tree.map(np.asarray, data)
-        self.key = jax.random.fold_in(key, _SHUFFLING)
+        self.key = jax.random.fold_in(key, _SHUFFLING)  # a state's own goes with the state
         self.steps = jax.eval_shape(lambda: batches(self.examples, batch_size)).shape[0]
         whole = min(self.steps, every or self.steps)
         dispatches = max(1, -(-whole // _MOST_STEPS))
@@ -96,8 +97,7 @@ class ArrayFeed:
             yield from ahead
 
     def _dispatches(self, position, left):
-        order = jax.random.fold_in(self.key, position.epoch)
-        indices = np.asarray(batches(self.examples, self.size, key=order))
+        indices = np.asarray(_order(self.examples, self.size, self.key, position.epoch))
         start = position.batch
         while start < self.steps and left != 0:
             n = min(self.rhythm.next_steps(start, left), self.steps - start)
@@ -177,6 +177,12 @@ class BatchFeed:
     def _cut(self, loaded) -> bool:
         """Whether a pass that was cut short by the number of steps had further batches."""
         return next(loaded, None) is not None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _order(examples, size, key, epoch):
+    """The batches of a pass: one program to compile, where its steps alone are twelve."""
+    return batches(examples, size, key=jax.random.fold_in(key, epoch))
 
 
 def check_batches(name, data):
