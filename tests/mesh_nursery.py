@@ -47,7 +47,7 @@ for line in sys.stdin:
         jax.distributed.shutdown()
         os._exit(0)
     except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 '''
 
@@ -60,8 +60,9 @@ class Nursery:
     """
 
     def __init__(self, cache, devices=4):
+        simulated = f" --xla_force_host_platform_device_count={devices}"
         env = os.environ | {
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"] + simulated,
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -72,11 +73,11 @@ class Nursery:
         )
         self.alive = set()
 
-    def start(self, name, directory):
-        """Two processes' ids; what they print is in ``directory.0.out`` and ``.1.out``."""
+    def start(self, name, directory, processes=2):
+        """The processes' ids; what they print is in ``directory.0.out`` and ``.1.out``."""
         pathlib.Path(directory).mkdir(exist_ok=True)
         port = free_port()
-        children = [self._ask(f"{name} {directory} {port} {i}") for i in range(2)]
+        children = [self._ask(f"{name} {directory} {port} {i}") for i in range(processes)]
         self.alive |= set(children)
         return children
 
@@ -87,6 +88,12 @@ class Nursery:
     def run(self, name, directory):
         codes = [self.wait(child) for child in self.start(name, directory)]
         assert codes == [0, 0], [pathlib.Path(f"{directory}.{i}.out").read_text() for i in (0, 1)]
+
+    def said(self, name, directory):
+        """What a process says that ends by an error."""
+        (child,) = self.start(name, directory, processes=1)
+        assert self.wait(child) == 1
+        return pathlib.Path(f"{directory}.0.out").read_text()
 
     def kill(self, child):
         os.kill(child, signal.SIGKILL)
@@ -106,6 +113,9 @@ class Nursery:
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """One of those that JAX would choose by the number of a Slurm job."""
+    for port in range(61440 + os.getpid() % 2048, 65536):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("", port))
+            return port
+    raise RuntimeError("no free port")

@@ -1,6 +1,7 @@
 """Small training runs, the same in one process and in several."""
 
 import json
+import os
 import pathlib
 import time
 
@@ -100,3 +101,65 @@ def wait_for_the_other(directory, port, process):
     if process == 1:
         time.sleep(60)
     fitted("mlp", "replicated", steps=2, batch_size=16)
+
+
+def by_slurm(directory, port, process):
+    """With the variables of ``srun --ntasks=2`` on one node, and the job that has this port."""
+    os.environ.update({
+        "SLURM_JOB_ID": str(4096 + port - 61440), "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2", "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process),
+        "SLURM_STEP_NUM_NODES": "1",
+    })
+    joined(directory, process)
+
+
+def by_gke(directory, port, process):
+    """With the variables of a JobSet of one slice; its port is given, so as to be free.
+
+    That there is a TPU, which JAX looks for when it is imported, is taken for granted.
+    """
+    from jax._src.clusters import cloud_tpu_cluster
+
+    cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+    os.environ.update({
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(process),
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0", "TPU_SKIP_MDS_QUERY": "1", "JAX_COORDINATOR_PORT": str(port),
+    })
+    joined(directory, process)
+
+
+def joined(directory, process):
+    mesh.start()
+    assert (jax.process_index(), jax.process_count()) == (process, 2)
+    with open(f"{directory}/{process}.json", "w") as file:
+        json.dump([len(jax.devices()), losses("plain", "fully sharded")], file)
+
+
+def without_a_cluster(directory, port, process):
+    mesh.start()
+
+
+def without_a_number(directory, port, process):
+    """On GKE, of TPUs."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+    os.environ.update({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1",
+                       "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1",
+                       "MEGASCALE_SLICE_ID": "0"})
+    mesh.start()
+
+
+def without_srun(directory, port, process):
+    os.environ.update({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"})
+    mesh.start()
+
+
+def without_an_answer(directory, port, process):
+    mesh.start("127.0.0.1:9", 2, 1, timeout=0.2)
+
+
+def twice(directory, port, process):
+    for _ in range(2):
+        mesh.start(f"127.0.0.1:{port}", 1, 0)

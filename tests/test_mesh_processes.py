@@ -1,20 +1,18 @@
 """Two processes of four simulated devices each: as one process, whatever happens to them."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import mesh_runs
 import numpy as np
 import pytest
-from mesh_nursery import Nursery, free_port
+from mesh_nursery import Nursery
 
 from fbprop import mesh
+from fbprop.mesh.cluster import unsaid
 from fbprop.mesh.start import missing
 
 
@@ -34,6 +32,16 @@ def test_losses_are_those_of_one_process(nursery, tmp_path):
         assert (devices, local) == (8, 4)
         for run, values in found.items():
             np.testing.assert_allclose(values, alone[run.split()[0]], rtol=1e-5, err_msg=run)
+
+
+@pytest.mark.parametrize("name", ["by_slurm", "by_gke"])
+def test_a_cluster_says_who_they_are(nursery, tmp_path, name):
+    nursery.run(name, tmp_path / "two")
+    alone = mesh_runs.losses("plain")
+    for process in (0, 1):
+        devices, found = json.loads((tmp_path / "two" / f"{process}.json").read_text())
+        assert devices == 8
+        np.testing.assert_allclose(found, alone, rtol=1e-5)
 
 
 def test_one_that_dies_ends_the_other_with_a_sentence(nursery, tmp_path):
@@ -70,18 +78,25 @@ def test_who_is_missing_is_said_as_far_as_one_can_know():
     assert missing(address, 1).startswith(f"process 0 at {address} (")
 
 
-@pytest.mark.parametrize(("code", "match"), [
-    ("mesh.start()", "ValueError: .*got none that JAX knows; expected Slurm"),
-    ("mesh.start('127.0.0.1:9', 2, 1, timeout=0.2)",
+@pytest.mark.parametrize(("name", "match"), [
+    ("without_a_cluster", "ValueError: .*got none that JAX knows; expected Slurm"),
+    ("without_srun", "ValueError: .*got SLURM_JOB_ID without SLURM_STEP_NODELIST, SLURM_PROCID, "
+     "SLURM_LOCALID; expected all of them, which srun sets"),
+    ("without_a_number", "ValueError: .*TPU_WORKER_ID=None expected a number"),
+    ("without_an_answer",
      r"TimeoutError: .*after 0.2 s from process 0 at 127.0.0.1:9 \(.*refused"),
-    ("mesh.start('127.0.0.1:PORT', 1, 0); mesh.start('127.0.0.1:PORT', 1, 0)",
-     "RuntimeError: .* got a second mesh.start"),
+    ("twice", "RuntimeError: .* got a second mesh.start"),
 ])
-def test_mistakes_in_a_process_of_their_own(code, match):
+def test_mistakes_in_a_process_of_their_own(nursery, tmp_path, name, match):
     """Who waits in vain goes on waiting until the process ends."""
-    code = code.replace("PORT", str(free_port()))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", f"from fbprop import mesh; {code}"], env=env,
-                          capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert re.search(match, done.stderr), done.stderr
+    said = nursery.said(name, tmp_path / "one")
+    assert re.search(match, said), said
+
+
+@pytest.mark.parametrize(("variable", "match"), [
+    ("TPU_WORKER_ID", "got the names of the hosts and no TPU or no libtpu"),
+    ("KUBERNETES_SERVICE_HOST", "by the package kubernetes, got none that is installed"),
+])
+def test_what_a_cluster_did_not_say(variable, match):
+    hosts = {"TPU_WORKER_HOSTNAMES": "a,b"} if variable == "TPU_WORKER_ID" else {}
+    assert match in unsaid({variable: "0", **hosts})

@@ -7,8 +7,12 @@ import threading
 
 import jax
 
+from fbprop.mesh.cluster import unsaid
+
 # JAX ends the process by itself, without an exception, when its own time to meet is over.
 _NEVER = 10**6
+# What JAX says where no cluster is found, and where a TPU's worker has no number.
+_UNSAID = ("should be defined", "must be defined", "base 10: 'None'")
 
 
 def start(coordinator: str | None = None, processes: int | None = None,
@@ -33,7 +37,8 @@ def start(coordinator: str | None = None, processes: int | None = None,
 
     Raises:
       TimeoutError: not all processes came.
-      ValueError: arguments that do not go together, or none where no cluster says them.
+      ValueError: arguments that do not go together, or none where no cluster says them; of Slurm
+        and GKE the variables that are missing.
       RuntimeError: devices are in use already; or it was called twice.
 
     Example:
@@ -111,12 +116,8 @@ def missing(coordinator, process) -> str:
 
 def _said(error: BaseException) -> BaseException:
     text = str(error)
-    if "should be defined" in text or "must be defined" in text:
-        return ValueError(
-            "A cluster says which processes there are, got none that JAX knows; expected Slurm, "
-            "Open MPI, GKE or Cloud TPUs: elsewhere mesh.start('10.0.0.1:1234', processes=2, "
-            "process=0), and process=1 there."
-        )
+    if any(said in text for said in _UNSAID):
+        return ValueError(unsaid())
     if "only be called once" in text:
         return RuntimeError(
             "A process joins the others once, got a second mesh.start; expected one at the "
