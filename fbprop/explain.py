@@ -200,11 +200,12 @@ def _positions(argnums, args):
 def _lines(plan, kept, depth, platform):
     """A line per differentiated equation of a plan that keeps values of these types."""
     extras, counted, remade = iter(kept.extras), set(), set()
+    made = plan.on_gpu.made if platform == "cuda" else plan.made
     for site, rule, step in filter(None, plan.steps):
         atoms = (*site.eqn.invars, *site.eqn.outvars)
         own = {v for i in step.keep for v in stored_for(atoms[i], plan.made)} - counted
         counted |= own
-        again = {v for v in map(atoms.__getitem__, step.keep) if jc.is_var(v) and v in plan.made}
+        again = {v for v in map(atoms.__getitem__, step.keep) if jc.is_var(v) and v in made}
         again -= remade
         remade |= again
         extra = next(extras) if step.forward else ()

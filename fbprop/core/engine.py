@@ -15,6 +15,8 @@ from fbprop.core import cotangent as ct
 from fbprop.core import jaxcompat as jc
 from fbprop.core.factored import Factored
 from fbprop.core.fallback import fallback_rule
+from fbprop.core.gpu_plan import Kept as KeptOnGpu
+from fbprop.core.gpu_plan import by_cut
 from fbprop.core.recompute import Before, Values, split
 from fbprop.core.rule import Site, Step
 from fbprop.core.table import MissingRule, Table
@@ -67,6 +69,8 @@ class Plan:
       steps: per equation, None (only evaluate it) or (site, rule, step).
       keep: the variables kept, each once however many rules ask for it; made: equations by which
         the others that rules ask for are made again from these (`fbprop.core.recompute`).
+      on_gpu: the same in programs for one NVIDIA GPU (`fbprop.core.gpu_plan`); at_hand: variables
+        whose values the backward sweep may use, in the same trace.
       reached: per input, whether it can get a cotangent.
       factored: the variables whose cotangents may stay unevaluated, and in which form (a subclass
         of `Factored`): the inputs for which the caller said so, and the results of equations whose
@@ -101,6 +105,9 @@ class Plan:
         inputs = (*body.invars, *body.constvars) if at_hand else ()
         stored = split(body, self.steps, keep, inputs) if again else (tuple(keep), {})
         self.keep, self.made = stored
+        together = again and at_hand
+        self.on_gpu = by_cut(body, self.steps, keep, inputs) if together else KeptOnGpu(*stored)
+        self.at_hand = {*self.made, *self.on_gpu.stored, *self.on_gpu.made}
         self.n_extras = sum(1 for found in self.steps if found and found[2].forward)
 
 
@@ -109,7 +116,7 @@ class Kept(NamedTuple):
 
     values: tuple  # of Plan.keep
     extras: tuple  # of the steps that have a forward of their own, in order
-    before: Before = Before()  # traced values of Plan.made, while they are at hand
+    before: Before = Before()  # traced values of Plan.at_hand, while they are
 
 
 class Engine(NamedTuple):
@@ -159,6 +166,7 @@ class Engine(NamedTuple):
         env.update(zip(body.invars, args))
         keep, extras, last = set(plan.keep), [], _last_uses(plan)
         before = Before()
+        before.add(plan.at_hand, env, env.values())
         for i, (eqn, found) in enumerate(zip(body.eqns, plan.steps)):
             if found and found[2].forward:
                 operands = [env[v] if jc.is_var(v) else jc.literal(v) for v in eqn.invars]
@@ -168,7 +176,7 @@ class Engine(NamedTuple):
             else:
                 outs = jc.bind(eqn, [env[v] if jc.is_var(v) else v.val for v in eqn.invars])
             env.update(zip(eqn.outvars, outs))
-            before.add(plan.made, eqn.outvars, outs)
+            before.add(plan.at_hand, eqn.outvars, outs)
             for v in last.get(i, ()):
                 if v not in keep:
                     env.pop(v, None)
@@ -181,7 +189,7 @@ class Engine(NamedTuple):
         They are arrays, or `Factored` where the plan says that these are welcome.
         """
         body = jc.open_jaxpr(plan.jaxpr)
-        values = Values(plan.keep, plan.made, kept.values, kept.before)
+        values = Values(plan.keep, plan.made, plan.on_gpu, kept.values, kept.before)
         extras = list(kept.extras)
         acc: dict = {}
         for v, dout, w in zip(body.outvars, cotangents, plan.wanted):

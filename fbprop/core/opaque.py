@@ -43,9 +43,9 @@ def held(x, after):
     return hold_p.bind(x, after)
 
 
-def either(first, again):
-    """``first``, or the same numbers computed ``again``."""
-    return either_p.bind(first, again)
+def either(first, again, on_gpu):
+    """``first``, or the same numbers computed ``again``, by another way ``on_gpu``."""
+    return either_p.bind(first, again, on_gpu)
 
 
 def is_number_in_trace(x) -> bool:
@@ -69,18 +69,18 @@ def _behind_barrier(x, _):
     return lax.optimization_barrier(x)
 
 
-def _lowered(alone, otherwise=lambda ctx, x, _: [x]):
+def _lowered(alone, otherwise=lambda ctx, x, *_: [x]):
     return lambda ctx, *xs: (alone if jc.is_for_one_device(ctx) else otherwise)(ctx, *xs)
 
 
 def _primitive(name):
-    """A primitive of two operands that is the first, whatever the second is."""
+    """A primitive that is its first operand, whatever the others are."""
     p = Primitive(name)
-    p.def_impl(lambda x, _: x)
-    p.def_abstract_eval(lambda x, _: x)
+    p.def_impl(lambda x, *_: x)
+    p.def_abstract_eval(lambda x, *_: x)
     ad.primitive_jvps[p] = lambda primals, tangents: (p.bind(*primals), tangents[0])
-    ad.primitive_transposes[p] = lambda dy, *_: (dy, None)
-    mlir.register_lowering(p, lambda ctx, x, _: [x])
+    ad.primitive_transposes[p] = lambda dy, *xs: (dy, *(None for _ in xs[1:]))
+    mlir.register_lowering(p, lambda ctx, x, *_: [x])
     return p
 
 
@@ -98,6 +98,7 @@ batching.primitive_batchers[hold_p] = _batched_hold
 batching.primitive_batchers[either_p] = _batched_either
 BARRIER = mlir.lower_fun(_behind_barrier, multiple_results=False)
 TRUTH = mlir.lower_fun(_behind_truth, multiple_results=False)
-for platform, apart in (("cpu", TRUTH), ("cuda", BARRIER), ("rocm", BARRIER)):
+for platform, apart, chosen in (("cpu", TRUTH, 1), ("cuda", BARRIER, 2), ("rocm", BARRIER, 2)):
     mlir.register_lowering(hold_p, _lowered(apart), platform=platform)
-    mlir.register_lowering(either_p, _lowered(lambda ctx, _, again: [again]), platform=platform)
+    taken = lambda ctx, *xs, chosen=chosen: [xs[chosen]]
+    mlir.register_lowering(either_p, _lowered(taken), platform=platform)

@@ -62,13 +62,13 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
     for eqn, found in zip(body.eqns, steps):
         operands = [v for v in eqn.invars if jc.is_var(v)]
         passes = sum(work.get(v, 0) for v in operands)
-        cheap = is_cheap(eqn) and _runs_as_it_stands(found)
+        cheap = is_cheap(eqn) and runs_as_it_stands(found)
         for v in eqn.outvars:
             need = frozenset().union(*(needs[u] for u in operands)) - known
             size, cost = jc.nbytes(v.aval), sum(jc.nbytes(u.aval) for u in need)
             worth = size >= SMALLEST and cost <= SLACK * size if v in keep else cost < size
             spent = passes + size
-            if not _computes(eqn):
+            if not computes(eqn):
                 need, worth, spent = needs[operands[0]] - known, True, passes
             if cheap and worth and spent <= FURTHEST * size:
                 made_by[v], work[v], needs[v] = eqn, spent, need
@@ -76,7 +76,7 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
             else:
                 needs[v] = frozenset((v,))
                 known |= {v} if v in keep else set()
-    sizes = [jc.nbytes(v.aval) for v in keep if v in made_by and _computes(made_by[v])]
+    sizes = [jc.nbytes(v.aval) for v in keep if v in made_by and computes(made_by[v])]
     if at_hand and sum(sizes) < FEWEST * max(sizes, default=0):
         return tuple(keep), {}
     stored, made, todo = {v: None for v in keep if v not in made_by}, {}, [*keep]
@@ -101,30 +101,36 @@ def stored_for(atom, made) -> set:
 
 def is_cheap(eqn) -> bool:
     """Whether an equation is little arithmetic, with everything inside it."""
-    if eqn.primitive.name not in CHEAP or eqn.effects:
+    return is_made_of(eqn, CHEAP)
+
+
+def is_made_of(eqn, names: frozenset) -> bool:
+    """Whether an equation, and everything inside it, is a primitive of these names, and no more."""
+    if eqn.primitive.name not in names or eqn.effects:
         return False
     if eqn.primitive.name == "gather" and (
         jc.nbytes(eqn.outvars[0].aval) < jc.nbytes(eqn.invars[0].aval)
     ):
         return False  # from a large table: `word_embedding_step` takes 1.15 times as long otherwise
-    return all(_is_cheap_inside(inner) for _, inner in jc.sub_jaxprs(eqn.params))
+    return all(_is_made_of_inside(inner, names) for _, inner in jc.sub_jaxprs(eqn.params))
 
 
-def _computes(eqn):
-    return eqn.primitive.name != "tap"  # whose result is its first operand (`fbprop.core.tap`)
+def computes(eqn) -> bool:
+    """Whether it is no tap, whose result is its first operand (`fbprop.core.tap`)."""
+    return eqn.primitive.name != "tap"
 
 
-def _runs_as_it_stands(found):
+def runs_as_it_stands(found) -> bool:
     """Whether the forward sweep evaluates an equation itself, rather than a rule's own forward."""
     _, _, step = found or (None, None, None)
     if step is None or step.forward is None:
         return True
-    return bool(step.inner) and all(map(_runs_as_it_stands, step.inner[0].plan.steps))
+    return bool(step.inner) and all(map(runs_as_it_stands, step.inner[0].plan.steps))
 
 
 @functools.lru_cache(2048)
-def _is_cheap_inside(jaxpr):
-    return all(map(is_cheap, jc.open_jaxpr(jaxpr).eqns))
+def _is_made_of_inside(jaxpr, names):
+    return all(is_made_of(eqn, names) for eqn in jc.open_jaxpr(jaxpr).eqns)
 
 
 class Before(dict):
@@ -133,10 +139,10 @@ class Before(dict):
     A pytree without leaves: what crosses the boundary of a trace goes without them.
     """
 
-    def add(self, made, variables, values):
-        """Remember the traced ones among those that are to be ``made`` again."""
-        traced = ((v, x) for v, x in zip(variables, values) if isinstance(x, jax.core.Tracer))
-        self.update((v, x) for v, x in traced if v in made)
+    def add(self, wanted, variables, values):
+        """Remember those that are ``wanted``, if any of them is traced."""
+        if any(isinstance(x, jax.core.Tracer) for x in values):
+            self.update((v, x) for v, x in zip(variables, values) if v in wanted)
 
 
 jax.tree_util.register_pytree_node(Before, lambda _: ((), None), lambda *_: Before())
@@ -146,44 +152,66 @@ class Values:
     """Values of what rules ask for in one backward sweep: stored, or made when asked for.
 
     Args:
-      stored, made: see `split`.
-      values: of the stored variables; before: of those made again, where they are at hand.
+      stored, made: see `split`; on_gpu: the same of `fbprop.core.gpu_plan`.
+      values: of the stored variables; before: of these and those made again, where at hand.
     """
 
-    def __init__(self, stored, made, values, before):
-        self.stored, self.made_by, self.made = dict(zip(stored, values)), made, {}
+    def __init__(self, stored, made, on_gpu, values, before):
+        self.stored = Made(dict(zip(stored, values)), made, min)
+        known = {v: before[v] for v in on_gpu.stored if v in before}
+        at_hand = len(known) == len(on_gpu.stored)
+        self.on_gpu = Made(known, on_gpu.made if at_hand else {}, max)
         self.before = before
 
     def wanted(self, atom, cotangents):
         """Value of an atom for a rule that got these result cotangents."""
-        value = self.of(atom, cotangents)
-        if not jc.is_var(atom) or atom not in self.before or value is self.before[atom]:
+        value = self.stored.of(atom, cotangents)
+        if not jc.is_var(atom) or atom not in self.before:
             return value
-        return either(self.before[atom], value)
+        first = self.before[atom]
+        gpu = self.on_gpu.of(atom, cotangents) if atom in self.on_gpu.made_by else first
+        return first if value is first and gpu is first else either(first, value, gpu)
+
+    def forget(self, eqn):
+        """Drop results of an equation that the sweep has passed: nothing asks for them again."""
+        self.stored.forget(eqn)
+        self.on_gpu.forget(eqn)
+
+
+class Made:
+    """Values that are known, and those made from them when asked for.
+
+    Args:
+      known: values by variable; made_by: equations by variable.
+      held: ``min`` or ``max``: of the first operands, by size, which waits for the cotangent.
+    """
+
+    def __init__(self, known, made_by, held):
+        self.known, self.made_by, self.held, self.made = known, made_by, held, {}
 
     def of(self, atom, cotangents):
-        """The same, made again if it is not stored."""
+        """Value of an atom; ``cotangents``: those that are there by now."""
         if not jc.is_var(atom):
             return jc.literal(atom)
-        if atom in self.stored:
-            return self.stored[atom]
+        if atom in self.known:
+            return self.known[atom]
         if atom not in self.made:
             eqn = self.made_by[atom]
             operands = [self.of(v, cotangents) for v in eqn.invars]
             if not any(v in self.made_by for v in eqn.invars if jc.is_var(v)):
-                n = len(operands) if _computes(eqn) else 1  # a tap's others are not read
-                operands = [*_held(operands[:n], cotangents), *operands[n:]]
+                n = len(operands) if computes(eqn) else 1  # a tap's others are not read
+                operands = [*_held(operands[:n], cotangents, self.held), *operands[n:]]
             self.made.update(zip(eqn.outvars, jc.bind(eqn, operands)))
         return self.made[atom]
 
     def forget(self, eqn):
-        """Drop results of an equation that the sweep has passed: nothing asks for them again."""
+        """Drop results of an equation."""
         for v in eqn.outvars:
             self.made.pop(v, None)
 
 
-def _held(operands, cotangents):
-    """The operands, the smallest of them to be had only when the cotangents are.
+def _held(operands, cotangents, choose):
+    """The operands, the smallest or largest of them to be had only when the cotangents are.
 
     Otherwise XLA, which compiles both sweeps as one, would find that an equation computed again is
     the one computed before, and keep the value after all.
@@ -192,7 +220,7 @@ def _held(operands, cotangents):
     traced = [d for d in jax.tree.leaves(cotangents) if is_number_in_trace(d)]
     if not arrays or not traced:
         return operands
-    i = min(arrays, key=lambda i: operands[i].size)
+    i = choose(arrays, key=lambda i: operands[i].size)
     return [*operands[:i], held(operands[i], traced[0]), *operands[i + 1 :]]
 
 

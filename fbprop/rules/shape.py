@@ -143,7 +143,7 @@ RULES = [
     rule("tie", "y = x, not before t exists;  x̄ = ȳ", t=None, x=lambda dy: dy),
     rule(
         "either", "y = x, or the same computed again (`fbprop.core.opaque`);  x̄ = ȳ",
-        x=lambda dy: dy, again=None,
+        x=lambda dy: dy, again=None, on_gpu=None,
     ),
     rule(
         "hold", "y = x, not before t exists (`fbprop.core.opaque`);  x̄ = ȳ", x=lambda dy: dy, t=None

@@ -46,7 +46,7 @@ CASES = [
     Case("unstack", lambda x: lax.unstack(x, 1), (real(2, 3, 5),)),
     Case("unstack", lambda x: lax.unstack(x, 0)[1], (real(3, 2),), "one"),
     Case("name", lambda x: checkpoint_name(x, "x"), (real(2, 3),)),
-    Case("either", lambda x: either(x, lax.stop_gradient(x)), (real(2, 3),)),
+    Case("either", lambda x: either(x, *[lax.stop_gradient(x)] * 2), (real(2, 3),)),
     Case("hold", lambda x: held(x, jnp.ones(5, x.dtype)), (real(2, 3),)),
     Case("tap", lambda x: tap(x, (), ()), (real(2, 3),)),
     Case("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)),
