@@ -5,9 +5,10 @@ before, and keep it after all. What it is computed from is `held` until there is
 the rule that asks for it gets `either` of the two. By evidence of `python -m benchmarks --target`
 and of the CPU's rows (ratios to `jax.grad`):
 
-* NVIDIA GPUs: again, behind `jax.lax.optimization_barrier` of the value alone. ``resnet_step``
-  takes 0.68 of the temporary memory and moves 0.98 of the bytes; with nothing computed again 1.00
-  and 0.93. ``resnet50_step`` moves 0.97 so, 1.17 if the barrier waits for the cotangent, too, which
+* NVIDIA GPUs: again, by a way of their own (`fbprop.core.gpu_plan`), behind
+  `jax.lax.optimization_barrier` of the value alone. ``resnet_step`` takes 0.62 of the temporary
+  memory and moves 0.98 of the bytes; with nothing computed again 1.00 and 0.93. ``resnet50_step``
+  moves 0.94 so, by the CPUs' way 0.97, and 1.17 if the barrier waits for the cotangent, too, which
   then has to be written.
 * TPUs: the one computed before. There XLA computes again by itself what fits into what reads it:
   ``vit_step`` takes 1.16 of the memory so, 1.28 behind a barrier, 2.70 behind the truth.
