@@ -255,8 +255,9 @@ class Rows(Factored):
                 total, self.indices, self.values,
                 cpu=lambda *xs: [self._added(*xs)], default=lambda *xs: [self._chosen(*xs)],
             )[0]
-        return by_devices(
-            total, self.indices, self.values, one=self._added, several=self._apart
+        return by_platform(
+            total, self.indices, self.values,
+            cpu=self._added, cuda=self._added, tpu=self._on_tpu(), default=self._apart,
         )
 
     def joined(self, other: Rows) -> jax.Array:
@@ -266,11 +267,15 @@ class Rows(Factored):
         On a TPU a table that is larger than what it has at hand then takes 1.01 of the memory for
         0.41 (262144 words), a smaller one 1.00 for 1.16 (32000).
         """
-        tpu = self._added if math.prod(self.shape) * self.dtype.itemsize > AT_HAND else self._apart
         return by_platform(
             other.dense(), self.indices, self.values,
-            cpu=self._added, tpu=tpu, default=self._apart,
+            cpu=self._added, tpu=self._on_tpu(), default=self._apart,
         )
+
+    def _on_tpu(self):
+        """The form for a TPU: a table that lies at hand is added to once it is whole."""
+        large = math.prod(self.shape) * self.dtype.itemsize > AT_HAND
+        return self._added if large else self._apart
 
     def _is_one_each(self):
         return is_one_each(self.shape, self.indices, self.numbers)
