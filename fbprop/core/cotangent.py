@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core.devices import summed
 from fbprop.core.factored import Factored, Rows
 from fbprop.core.jaxcompat import sharded_like, zeros
 
@@ -109,13 +110,12 @@ def fit(ct, aval, site, rule, operand):
 def unbroadcast(ct, shape):
     """``ct`` summed over the dimensions along which ``shape`` was broadcast, if it was."""
     if shape == ():
-        return jnp.sum(ct)
+        return summed(ct, tuple(range(jnp.ndim(ct))))
     got, added = jnp.shape(ct), jnp.ndim(ct) - len(shape)
     if added < 0 or any(s not in (1, g) for s, g in zip(shape, got[added:])):
         return ct
     axes = tuple(i for i, g in enumerate(got) if i < added or (shape[i - added] == 1 and g != 1))
-    ct = jnp.sum(ct, axes, keepdims=True)
-    return lax.squeeze(ct, tuple(range(added)))
+    return lax.reshape(summed(ct, axes), shape)
 
 
 def _mixes_types(site, aval, dtype):

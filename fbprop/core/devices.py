@@ -9,6 +9,7 @@ whose batch is shared by 8 devices it takes 6 times the bytes sent (`tests/test_
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
@@ -52,6 +53,19 @@ def by_platform(*operands, default, **forms):
         for name, form in forms.items()
     }
     return lax.platform_dependent(*operands, default=default, **chosen)
+
+
+def summed(x, axes):
+    """``x`` summed over axes; what each device has of it then adds up in 16 bits if x has so many.
+
+    XLA sums 16-bit numbers in float32 where it is told so and where not, but sends what it is told:
+    of a norm's scale float32, apart from the products' 16 bits (33 collectives of 297 more in the
+    step of a 7 B model on 8 H100s).
+    """
+    if x.dtype.itemsize != 2:
+        return jnp.sum(x, axes)
+    whole = lambda x: jnp.sum(x, axes)
+    return by_devices(x, one=whole, several=lambda x: lax.reduce_sum(x, axes))
 
 
 on_one_device_p = Primitive("on_one_device")

@@ -72,8 +72,9 @@ def _softmax(dy, out, *, axis):
 def _masked_softmax(out, axis):
     """How it is done elsewhere: on NVIDIA GPUs, and by default."""
     def masked(dy, out):
-        total = jnp.sum(_where_positive(out, dy) * out, axis, keepdims=True)
-        return _where_positive(out, out * (dy - total))
+        product = _where_positive(out, _where_positive(out, dy) * out)
+        total = jnp.sum(product, axis, keepdims=True)
+        return out * _where_positive(out, dy - total)
 
     def in_one(dy, out):
         return masked(_at_most_largest(_where_positive(out, dy), axis), out)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from fbprop.core import cotangent as ct
+from fbprop.core.devices import summed
 from fbprop.core.factored import Contraction
 from fbprop.core.jaxcompat import differentiable
 from fbprop.core.rule import Pullbacks, linear, no_gradient, pair, rule
@@ -20,8 +21,8 @@ from fbprop.core.tap import TAP
 
 def _broadcast_in_dim(dy, *, broadcast_dimensions, x_aval):
     kept = [d for d, n in zip(broadcast_dimensions, x_aval.shape) if dy.shape[d] == n]
-    summed = jnp.sum(dy, tuple(d for d in range(dy.ndim) if d not in kept))
-    return lax.reshape(summed, x_aval.shape)
+    over = tuple(d for d in range(dy.ndim) if d not in kept)
+    return lax.reshape(summed(dy, over), x_aval.shape)
 
 
 def _tile(dy, *, reps, x_aval):
