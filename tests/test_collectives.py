@@ -5,8 +5,11 @@ at once; XLA finds what has to be sent. Sizes are large enough for values to be 
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fbprop
 from benchmarks.row import Draw
@@ -50,3 +53,20 @@ def test_products_of_a_loop_are_sent_once_a_chunk():
     assert 7.5 * sizes.total() <= jax_sizes.total()
     # Of mesh axes of type Explicit JAX has no gradient of it; ours sends the same.
     assert sent(fbprop, sharded.explicit_lstm, DATA_PARALLEL, explicit=True) == (count, sizes)
+
+
+def test_sums_of_16_bits_are_sent_in_16_and_added_up_in_32():
+    """In 16 bits alone 4096 numbers near 1 would add up to 256.
+
+    Compiled for CPUs all is sent in 32 bits; so what is to be compiled is looked at.
+    """
+    over = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    x = jnp.full((32, 128, 4), 1.0078125, jnp.bfloat16)
+    scale, where = jnp.ones(4, jnp.bfloat16), [NamedSharding(over, P(*a)) for a in ((), ("data",))]
+    gradient = fbprop.grad(lambda s, x: jnp.sum(s * x))
+    conds = [e for e in jax.make_jaxpr(gradient)(scale, x).eqns if e.primitive.name == "cond"]
+    several = conds[-1].params["branches"][0].jaxpr.eqns
+    assert [(e.primitive.name, e.invars[0].aval.dtype) for e in several] == [
+        ("reduce_sum", jnp.bfloat16)]
+    got = jax.jit(gradient)(*map(jax.device_put, (scale, x), where))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), 4128.0)
