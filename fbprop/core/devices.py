@@ -39,11 +39,15 @@ def own_broadcasting():
     return jax.numpy_rank_promotion("allow")
 
 
-def by_devices(*operands, one, several):
-    """``one(*operands)`` in a program for one device, ``several(*operands)`` in one for more."""
+def by_devices(*operands, one, several, apart_from=()):
+    """``one(*operands)`` in a program for one device, ``several(*operands)`` in one for more.
+
+    Args:
+      apart_from: platforms of which one device, too, takes the form for several.
+    """
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
         return one(*operands)
-    return lax.cond(on_one_device_p.bind(), one, several, *operands)
+    return lax.cond(on_one_device_p.bind(apart_from=apart_from), one, several, *operands)
 
 
 def by_platform(*operands, default, **forms):
@@ -69,11 +73,21 @@ def summed(x, axes):
 
 
 on_one_device_p = Primitive("on_one_device")
-on_one_device_p.def_impl(lambda: True)
-on_one_device_p.def_abstract_eval(lambda: ShapedArray((), bool))
-mlir.register_lowering(
-    on_one_device_p, lambda ctx: [mlir.ir_constant(np.bool_(jc.is_for_one_device(ctx)))]
-)
+on_one_device_p.def_impl(lambda *, apart_from: True)
+on_one_device_p.def_abstract_eval(lambda *, apart_from: ShapedArray((), bool))
+
+
+def _said(platform):
+    def lower(ctx, *, apart_from):
+        alone = jc.is_for_one_device(ctx) and platform not in apart_from
+        return [mlir.ir_constant(np.bool_(alone))]
+
+    return lower
+
+
+mlir.register_lowering(on_one_device_p, _said(None))
+for platform in PLATFORMS:
+    mlir.register_lowering(on_one_device_p, _said(platform), platform=platform)
 
 
 def at_lowering(*operands, default, **forms):

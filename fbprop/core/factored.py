@@ -100,7 +100,8 @@ class Contraction(Factored):
 
         Summed dimensions that follow one another are made one first, where shardings do not forbid
         it: x̄ᵀȳ over 4096 = 16 · 256 positions to 256 x 1024 takes 21 ms that way, 22 ms over two
-        dimensions, because XLA copies x then (one core, float32).
+        dimensions, because XLA copies x then (one core, float32). For a TPU it copies what is
+        merged: ``vit_step`` takes 1.27 of the memory so and moves 1.15, otherwise 1.06 and 1.07.
         """
         if self.formulation():
             return by_platform(self, cpu=_turned, default=Contraction._in_order)
@@ -115,7 +116,8 @@ class Contraction(Factored):
         merges = "out_sharding" not in self.options and all(map(_consecutive, self.over))
         if not merges:
             return self._over_all(self.x, self.y)
-        return by_devices(self.x, self.y, one=self._over_merged, several=self._over_all)
+        return by_devices(self.x, self.y, one=self._over_merged, several=self._over_all,
+                          apart_from=("tpu",))
 
     def _over_all(self, x, y):
         return lax.dot_general(x, y, (self.over, self.batch), **self.options)
