@@ -1,5 +1,7 @@
 """Cotangents carried unevaluated: what they are worth, and what loops do with them."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -349,3 +351,12 @@ def test_one_form_only(form, types):
 def test_an_unknown_form():
     with pytest.raises(TypeError, match=r"got 'rows' expected True, False, fbprop\.Rows"):
         fbprop.grad(jnp.sum, factored="rows")(jnp.ones(3))
+
+
+@pytest.mark.parametrize(("platform", "merged"), [("cpu", True), ("cuda", True), ("tpu", False)])
+def test_dimensions_summed_over_are_merged_but_for_a_tpu(platform, merged):
+    loss = lambda w, x: jnp.sum(jnp.sin(x @ w))
+    traced = jax.jit(fbprop.grad(loss)).trace(jnp.ones((5, 7)), jnp.ones((2, 3, 5)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    constants = set(re.findall(r"constant dense<(true|false)> : tensor<i1>", text))
+    assert constants == {"true" if merged else "false"}
