@@ -1,5 +1,8 @@
 """`fbprop.ops.attention`: longer than a block, what is not seen, types, errors."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,9 @@ import pytest
 
 import fbprop
 from fbprop import ops
+from fbprop.core import kernels
+from fbprop.rules.attend import plain
+from fbprop.rules.attention import Form
 
 B, H, K, D = 2, 4, 2, 3
 
@@ -222,3 +228,26 @@ def test_says_what_is_wrong(change, error, message):
     given = {"q": jnp.ones(q.shape), "k": jnp.ones(k.shape), "v": jnp.ones(v.shape), **change}
     with pytest.raises(error, match=message):
         ops.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def test_the_kernel_of_tpus(monkeypatch):
+    """Both passes of what JAX brings, interpreted, a head of keys for two of queries."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    made = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", made)
+    q, k, v = (jnp.asarray(draw(1, 128, n, 8)) for n in (2, 1, 1))
+    form = Form(0.3, causal=True)
+    told = {"scale": form.scale, "causal": True, "window": None}
+
+    def by_kernel(q, k, v):
+        y, lse = kernels.splash_forward(q, k, v, **told)
+        return y, kernels.splash_backward(q, k, v, y, lse, jnp.cos(q), **told)
+
+    def by_parts(q, k, v):
+        apart = lambda q, k, v: plain(q[:, :, None], k, v, form=form)[:, :, 0]
+        y, pullback = jax.vjp(apart, q, k, v)
+        return y, list(pullback(jnp.cos(q)))
+
+    got, expected = jax.jit(lambda *x: (by_kernel(*x), by_parts(*x)))(q, k, v)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
