@@ -258,3 +258,21 @@ def test_other_types(dtype):
         *(jax.tree.map(lambda v: v.astype(jnp.float32), g) for g in (ours, theirs)),
         rtol=0.05, atol=0.05,
     )
+
+
+def test_what_batch_norm_gives_is_made_again():
+    """Of two layers and ReLUs x alone is kept, under jit and where the pullback crosses it."""
+    def network(x):
+        for _ in range(2):
+            x = jax.nn.relu(fbprop.ops.batch_norm(jnp.sin(x))[0]) * x
+        return x
+
+    x = draw(0, 97, 23)
+    explained = fbprop.explain(network, x)
+    assert explained.kept < 5 * x.nbytes  # x, twice sin x; y and ReLU made again
+    assert sum(line.again for line in explained.lines) >= 3 * x.nbytes
+    y, pullback = jax.jit(lambda x: fbprop.vjp(network, x))(x)
+    expected = jax.jit(lambda x: (lambda y, pull: (y, *pull(y)))(*jax.vjp(network, x)))(x)
+    chex.assert_trees_all_close((y, *pullback(y)), expected, rtol=1e-5, atol=1e-5)
+    both = jax.jit(lambda x: (lambda y, pull: (y, *pull(y)))(*fbprop.vjp(network, x)))(x)
+    chex.assert_trees_all_close(both, expected, rtol=1e-5, atol=1e-5)

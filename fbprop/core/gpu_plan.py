@@ -19,9 +19,11 @@ from fbprop.core import jaxcompat as jc
 from fbprop.core.mincut import cut
 from fbprop.core.recompute import CHEAP, FEWEST, SMALLEST, computes, is_made_of, runs_as_it_stands
 
-# Any arithmetic on elements fuses, exponentials too.
-FUSES = CHEAP | {"cbrt", "cos", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "logistic",
-                 "pow", "rsqrt", "sin", "sqrt", "tan", "tanh"}
+# Any arithmetic on elements fuses, exponentials too. What an operation computes is kept: batch
+# norm's y made again moves 1.02 of `jax.grad`'s bytes in the row ``resnet_network``, kept 0.95.
+FUSES = CHEAP - {"made_of"} | {
+    "cbrt", "cos", "erf", "erfc", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow",
+    "rsqrt", "sin", "sqrt", "tan", "tanh"}
 # Whose backward pass reads arrays, where others are fused into what makes what they read.
 READS_WHOLE = frozenset((
     "cond", "conv_general_dilated", "dot_general", "gather", "ragged_dot_general", "reduce_window",

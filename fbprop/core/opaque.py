@@ -49,6 +49,16 @@ def either(first, again, on_gpu):
     return either_p.bind(first, again, on_gpu)
 
 
+def made_of(x, again):
+    """``x``, and how the backward sweep of a CPU may make it again: ``again``, cheap arithmetic.
+
+    For a result that an operation computes, of which nobody else sees what it is made of. On a CPU
+    the row ``resnet_network`` takes 0.47 of Flax's memory and 0.72 of its time with batch norm's y
+    made so, 0.82 and 0.81 with y kept.
+    """
+    return made_of_p.bind(x, again)
+
+
 def is_number_in_trace(x) -> bool:
     """Whether a value can be waited for, and need be: outside of a trace nothing is."""
     return isinstance(x, jax.core.Tracer) and x.size > 0 and jnp.issubdtype(x.dtype, jnp.inexact)
@@ -89,14 +99,18 @@ def _batched_hold(args, dims):
     return hold_p.bind(*args), dims[0]
 
 
-def _batched_either(args, dims):
-    size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
-    return either_p.bind(*(batching.bdim_at_front(x, d, size) for x, d in zip(args, dims))), 0
+def _batched_alike(p):
+    def batched(args, dims):
+        size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
+        return p.bind(*(batching.bdim_at_front(x, d, size) for x, d in zip(args, dims))), 0
+
+    return batched
 
 
-hold_p, either_p = _primitive("hold"), _primitive("either")
+hold_p, either_p, made_of_p = map(_primitive, ("hold", "either", "made_of"))
 batching.primitive_batchers[hold_p] = _batched_hold
-batching.primitive_batchers[either_p] = _batched_either
+batching.primitive_batchers[either_p] = _batched_alike(either_p)
+batching.primitive_batchers[made_of_p] = _batched_alike(made_of_p)
 BARRIER = mlir.lower_fun(_behind_barrier, multiple_results=False)
 TRUTH = mlir.lower_fun(_behind_truth, multiple_results=False)
 for platform, apart, chosen in (("cpu", TRUTH, 1), ("cuda", BARRIER, 2), ("rocm", BARRIER, 2)):

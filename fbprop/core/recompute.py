@@ -28,7 +28,7 @@ CHEAP = frozenset((
     "expand_dims", "gather", "ge", "gt", "hold", "imag", "integer_pow", "iota", "is_finite", "jit",
     "le", "lt", "max", "min", "mul", "name", "ne", "neg", "not", "one_minus_square", "or", "pad",
     "real", "rem", "reshape", "rev", "select_n", "sign", "slice", "split", "square", "squeeze",
-    "stop_gradient", "sub", "tap", "transpose", "xor",
+    "made_of", "stop_gradient", "sub", "tap", "transpose", "xor",
 ))
 FURTHEST = 8  # times the size of a value may be computed to make it again
 SMALLEST = 4096  # bytes; of less, an equation more is not worth it
@@ -60,7 +60,7 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
     needs = {v: frozenset((v,)) for v in inputs}  # what is stored if this is to be made again
     made_by, work = {}, {}
     for eqn, found in zip(body.eqns, steps):
-        operands = [v for v in eqn.invars if jc.is_var(v)]
+        operands = _sources(eqn)
         passes = sum(work.get(v, 0) for v in operands)
         cheap = is_cheap(eqn) and runs_as_it_stands(found)
         for v in eqn.outvars:
@@ -86,7 +86,7 @@ def split(body, steps, keep: Collection, at_hand: Collection) -> tuple[tuple, di
             stored[v] = None
         elif v not in made:
             made[v] = made_by[v]
-            todo += [u for u in made[v].invars if jc.is_var(u)]
+            todo += _sources(made[v])
     return tuple(stored), made
 
 
@@ -96,7 +96,7 @@ def stored_for(atom, made) -> set:
         return set()
     if atom not in made:
         return {atom}
-    return set().union(*(stored_for(v, made) for v in made[atom].invars))
+    return set().union(*(stored_for(v, made) for v in _sources(made[atom])))
 
 
 def is_cheap(eqn) -> bool:
@@ -113,6 +113,12 @@ def is_made_of(eqn, names: frozenset) -> bool:
     ):
         return False  # from a large table: `word_embedding_step` takes 1.15 times as long otherwise
     return all(_is_made_of_inside(inner, names) for _, inner in jc.sub_jaxprs(eqn.params))
+
+
+def _sources(eqn):
+    """The variables that a result is made of: of `made_of` not the value itself."""
+    of = eqn.invars[1:] if eqn.primitive.name == "made_of" else eqn.invars
+    return [v for v in of if jc.is_var(v)]
 
 
 def computes(eqn) -> bool:
@@ -197,6 +203,9 @@ class Made:
             return self.known[atom]
         if atom not in self.made:
             eqn = self.made_by[atom]
+            if eqn.primitive.name == "made_of":
+                self.made[atom] = self.of(eqn.invars[1], cotangents)
+                return self.made[atom]
             operands = [self.of(v, cotangents) for v in eqn.invars]
             if not any(v in self.made_by for v in eqn.invars if jc.is_var(v)):
                 n = len(operands) if computes(eqn) else 1  # a tap's others are not read

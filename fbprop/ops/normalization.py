@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fbprop.core.devices import at_lowering, in_words
+from fbprop.core.opaque import held, made_of
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
 from fbprop.rules import register
@@ -147,6 +148,7 @@ def batch_norm(x, scale=None, bias=None, *, epsilon: float = 1e-5):
     y, mean, variance = normalize.everything(
         x, scale, bias, axes=tuple(range(x.ndim - 1)), epsilon=float(epsilon), centred=True,
         features=1)
+    y = made_of(y, _standardised(x, scale, bias, mean, variance, float(epsilon)))
     return y, mean.reshape(-1), variance.reshape(-1)
 
 
@@ -193,10 +195,13 @@ def _forward(x, scale, bias, *, axes, epsilon, centred, features):
     mean = jnp.mean(wide, axes, keepdims=True)
     mean = mean if centred else jnp.zeros_like(mean)
     variance = jnp.mean(jnp.square(wide - mean), axes, keepdims=True)
-    h = (wide - mean) * lax.rsqrt(variance + epsilon)
+    return _standardised(x, scale, bias, mean, variance, epsilon), mean, variance
+
+
+def _standardised(x, scale, bias, mean, variance, epsilon):
+    h = (at_least_float32(x) - mean) * lax.rsqrt(variance + epsilon)
     h = h if scale is None else h * scale.astype(h.dtype)
-    y = h if bias is None else h + bias.astype(h.dtype)
-    return y.astype(x.dtype), mean, variance
+    return (h if bias is None else h + bias.astype(h.dtype)).astype(x.dtype)
 
 
 def _backward(dy, x, scale, mean, variance, *, axes, epsilon, centred, features):
@@ -210,6 +215,8 @@ def _backward(dy, x, scale, mean, variance, *, axes, epsilon, centred, features)
         return run
 
     forms = {"cpu": by(_by_rows)} if _many_rows(x, axes) else {}
+    if axes == tuple(range(x.ndim - features)):
+        forms = {"cpu": by(_pulled_apart)}
     return at_lowering(*arrays, default=by(_pulled), **forms)
 
 
@@ -239,6 +246,11 @@ def _pulled(form, scale, dy, x, mean, variance):
     if centred:
         dx = dx - jnp.sum(g, axes, keepdims=True) / n
     return [r * dx, dscale, dbias]
+
+
+def _pulled_apart(form, scale, dy, x, mean, variance):
+    """With h made again, which XLA else keeps from the forward pass."""
+    return _pulled(form, scale, dy, x, held(mean, dy) if dy.size else mean, variance)
 
 
 def _by_rows(form, scale, dy, x, *statistics):

@@ -147,6 +147,10 @@ RULES = [
         x=lambda dy: dy, again=None, on_gpu=None,
     ),
     rule(
+        "made_of", "y = x, which may be made again so (`fbprop.core.opaque`);  x̄ = ȳ",
+        x=lambda dy: dy, again=None,
+    ),
+    rule(
         "hold", "y = x, not before t exists (`fbprop.core.opaque`);  x̄ = ȳ", x=lambda dy: dy, t=None
     ),
     TAP,

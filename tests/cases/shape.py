@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from cases.case import Case, complex_, real
-from fbprop.core.opaque import either, held
+from fbprop.core.opaque import either, held, made_of
 from fbprop.core.tap import tap
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -47,6 +47,7 @@ CASES = [
     Case("unstack", lambda x: lax.unstack(x, 0)[1], (real(3, 2),), "one"),
     Case("name", lambda x: checkpoint_name(x, "x"), (real(2, 3),)),
     Case("either", lambda x: either(x, *[lax.stop_gradient(x)] * 2), (real(2, 3),)),
+    Case("made_of", lambda x: made_of(x, lax.stop_gradient(x)), (real(2, 3),)),
     Case("hold", lambda x: held(x, jnp.ones(5, x.dtype)), (real(2, 3),)),
     Case("tap", lambda x: tap(x, (), ()), (real(2, 3),)),
     Case("optimization_barrier", lambda x, y: lax.optimization_barrier((x, y)),
