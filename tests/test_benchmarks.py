@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +24,9 @@ from benchmarks.meter import (
 from benchmarks.peers import MODULES, missing, step
 from benchmarks.row import SIZES, Draw, entries, loss_gradient, operation
 from benchmarks.rows import steps
+from forked import run
+
+ROOT = Path(__file__).parent.parent
 
 SCALED = fbprop.table.override(
     fbprop.rule("tanh", "wrong by a thousandth", x=lambda dy, out: 1.001 * dy * (1 - out * out))
@@ -175,10 +175,7 @@ def test_every_row_has_every_size():
 
 
 def command(*arguments, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True,
-        cwd=Path(__file__).parent.parent, env={**os.environ, "XLA_FLAGS": ""}, timeout=300,
-    )
+    done = run("-m", "benchmarks", *arguments, folder=ROOT, XLA_FLAGS="")
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
 
@@ -204,8 +201,7 @@ def test_the_command_prints_a_table_and_writes_a_results_file(tmp_path):
     ("networks-cpu-jax0.10.2", []), ("sharded-jax0.12.0.1", []), ("large-jax0.12.0.1", []),
 ])
 def test_the_readmes_tables_are_those_of_the_results_files(name, rows):
-    root = Path(__file__).parent.parent
-    readme = (root / "benchmarks/results/README.md").read_text()
+    readme = (ROOT / "benchmarks/results/README.md").read_text()
     table = command("markdown", f"benchmarks/results/{name}.json", *rows)
     assert len(table.splitlines()) > 10
     assert table in readme

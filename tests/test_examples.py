@@ -2,31 +2,18 @@
 
 import functools
 import importlib.util
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import wave
 
 import chex
-import jax
 import numpy as np
 import pytest
 
 from fbprop import data
+from forked import run
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-def run(*arguments):
-    root = str(EXAMPLES.parent)
-    # The tests' compilation cache: compiling is nearly all that a smoke run does.
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root} | cache
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env,
-                          check=False)
 
 
 def test_digits_smoke():

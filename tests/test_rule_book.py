@@ -1,13 +1,12 @@
 """`python -m fbprop.rules`: every rule is in it, with mathematics, what it keeps, and its place."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
 from fbprop.rules import FAMILIES, current, table
 from fbprop.rules.__main__ import book, main, page
+from forked import run
 
 
 def test_every_rule_is_in_the_book():
@@ -39,7 +38,6 @@ def test_pages_show_source_and_unknown_names_are_met_with_the_nearest(capsys):
 
 
 def test_command():
-    run = subprocess.run(
-        [sys.executable, "-m", "fbprop.rules", "div"], capture_output=True, text=True, check=True
-    )
-    assert "b̄ = −ȳ y / b" in run.stdout
+    done = run("-m", "fbprop.rules", "div")
+    assert done.returncode == 0, done.stderr
+    assert "b̄ = −ȳ y / b" in done.stdout

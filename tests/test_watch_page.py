@@ -1,11 +1,9 @@
 """The page: its data, what it says in words, the command, and, where there is one, in a browser."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from fbprop import watch
 from fbprop.watch import __main__ as command
 from fbprop.watch.findings import findings
 from fbprop.watch.history import look, network
+from forked import run
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -175,8 +174,7 @@ def test_in_a_browser(tmp_path):
 def test_as_a_program(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(map(json.dumps, rows())), "utf-8")
-    call = [sys.executable, "-m", "fbprop.watch", str(log), "-o", str(tmp_path / "page.html")]
-    done = subprocess.run(call, capture_output=True, text=True, check=True,
-                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = run("-m", "fbprop.watch", log, "-o", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("page.html")
     assert (tmp_path / "page.html").exists()
