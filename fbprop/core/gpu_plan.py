@@ -52,10 +52,7 @@ def by_cut(body, steps, keep: Collection, at_hand: Collection) -> Kept:
     there = set(at_hand)
 
     def operands(v):
-        if v not in makers:
-            return None
-        found = [u for u in makers[v].invars if jc.is_var(u)]
-        return found if computes(makers[v]) else found[:1]
+        return None if v not in makers else [u for u in makers[v].invars if jc.is_var(u)]
 
     def to_store(v):
         size = jc.nbytes(v.aval)
