@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-ROUNDS = 80
+ROUNDS = 100
 
 # Only the import of JAX is shared: a child is forked before any backend exists, and starts its own.
 NURSERY = f"""
