@@ -51,6 +51,7 @@ CASES = {
     "gelu, infinite": (total(jax.nn.gelu), [INF, -INF], [1, 0]),
     "gelu by erf, large": (total(lambda x: jax.nn.gelu(x, False)), [6e4, -300.0, INF], [1, 0, 1]),
     "silu, infinite": (total(jax.nn.silu), [INF, -INF], [1, 0]),
+    "log_sigmoid, infinite": (total(jax.nn.log_sigmoid), [INF, -INF], [0, 1]),
     "hypot, infinite": (of_two(jnp.hypot), [INF, 1.0], [1, 0]),
     "segment_prod, one zero": (products, [0.0, 2.0, 3.0, 4.0, 5.0], [2, 0, 200, 150, 120]),
     "segment_prod, two zeros": (products, [0.0, 0.0, 0.0, 4.0, 0.0], [0, 0, 0, 0, 0]),
@@ -206,3 +207,15 @@ def test_softmax_in_one_kernel_of_a_gpu(monkeypatch, x64):
     monkeypatch.setattr(library_functions, "by_platform", lambda *xs, cuda, **_: cuda(*xs))
     monkeypatch.setattr(library_functions, "LONGEST", 2)
     np.testing.assert_allclose(gradient(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_softmax_on_a_tpu_sums_each_row_once(monkeypatch, x64):
+    x, dy = jnp.array([[0.5, -INF, 2.0]]), jnp.array([[1.0, INF, -3.0]])
+    gradient = jax.jit(lambda x, dy: fbprop.vjp(jax.nn.softmax, x)[1](dy)[0])
+    for platform, barriers in {"tpu": 1, "cuda": 0, "cpu": 0}.items():
+        text = gradient.trace(x, dy).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("optimization_barrier") == barriers, platform
+    expected = gradient(x, dy)
+    monkeypatch.setattr(library_functions, "by_platform", lambda *xs, default, **_: default(*xs))
+    monkeypatch.setattr(library_functions, "at_lowering", lambda *xs, tpu, **_: tpu(*xs))
+    np.testing.assert_allclose(fbprop.vjp(jax.nn.softmax, x)[1](dy)[0], expected, rtol=1e-12)

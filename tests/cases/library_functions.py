@@ -20,6 +20,7 @@ CASES = [
     Case("jax.nn.gelu", erf_gelu, (real(2, 3),), "erf", at=(((0.0,), {0: 0.5}),)),
     Case("jax.nn.gelu", erf_gelu, (real(3, scale=6),), "tails"),
     Case("jax.nn.silu", jax.nn.silu, (real(2, 3),), at=(((0.0,), {0: 0.5}),)),
+    Case("jax.nn.log_sigmoid", jax.nn.log_sigmoid, (real(2, 3),), at=(((0.0,), {0: 0.5}),)),
     Case("jax.nn.softmax", jax.nn.softmax, (real(2, 3),)),
     Case("jax.nn.softmax", lambda x: jax.nn.softmax(x, axis=0), (real(2, 3),), "axis 0"),
     Case("jax.nn.softmax", lambda x: jax.nn.softmax(x, axis=(0, 2)), (real(2, 3, 5),), "two axes"),
