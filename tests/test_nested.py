@@ -76,6 +76,13 @@ symbolic = custom_vjp(
     symbolic_zeros=True,
 )
 tripled = custom_jvp(jnp.sin, lambda p, t: (jnp.sin(p[0]), 3.0 * jnp.cos(p[0]) * t[0]))
+shared = custom_vjp(
+    lambda x, y: (x * y, y * 2.0),
+    lambda x, y: ((x * y, y * 2.0), (x, y)),
+    lambda k, d: (d[0] * k[1], d[0] * k[0] + 2.0 * d[1]),
+)
+one_moves = custom_jvp(product, lambda p, t: (p[0] * p[1], t[0] * p[1]))
+nothing = custom_vjp(lambda x: None, lambda x: (None, x), lambda x, d: (x * 0.0,))
 through = custom_jvp(
     lambda f, x: f(x), lambda f, p, t: (f(p[0]), f(p[0]) * t[0]), nondiff_argnums=(0,)
 )
@@ -108,6 +115,16 @@ def closure(x, w):
 
 def linear(x, w=X):
     return linear_call(lambda w, x: w * x, lambda w, d: 3.0 * w * d, jnp.asarray(w), x)
+
+
+def of_nothing(x):
+    nothing(x)
+    return jnp.sin(x)
+
+
+def of_shared(x, y):
+    """The second result, which is not mapped, can get a cotangent, and does not."""
+    return one_moves(*jax.vmap(shared, in_axes=(0, None), out_axes=(0, None))(x, y))
 
 
 def total(f):
@@ -146,6 +163,8 @@ def inside(grad, vjp):
         "symbolic": lambda x: grad(total(symbolic), (0, 1))(x, x + 1),
         "symbolic, one": lambda x: grad(total(lambda x, y: symbolic(x, y)[0]), (0, 1))(x, x + 1),
         "symbolic, loop": grad(total(twice(lambda x: symbolic(x, X)[0]))),
+        "shared": lambda x: grad(total(of_shared), (0, 1))(x, x[0]),
+        "nothing": grad(total(of_nothing)),
         "tripled": grad(total(tripled)),
         "tripled, twice": grad(lambda x: fun(grad(total(tripled))(x))),
         "through": grad(total(lambda x: through(jnp.sin, x))),
@@ -196,6 +215,10 @@ def test_equal_to_jax():
     ours, theirs = compute(X)
     for got, expected in zip(ours, theirs, strict=True):
         compare(got, expected)
+
+
+def test_a_function_without_results_has_a_pullback_on_known_values():
+    np.testing.assert_array_equal(fbprop.vjp(nothing, X)[1](None), np.zeros((1, 3)))
 
 
 def compare(got, expected):

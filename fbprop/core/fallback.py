@@ -39,8 +39,11 @@ def jax_step(site) -> Step:
         return outs, pullback
 
     def backward(_, pullback, douts):
+        # Zeros stay symbolic: JAX refuses a dense one for what `jax.vmap` does not map.
         wanted = [
-            ct.dense(d, a) for d, a, w in zip(douts, site.out_avals, site.wanted) if w
+            jc.no_cotangent(a) if ct.is_zero(d) else ct.dense(d, a)
+            for d, a, w in zip(douts, site.out_avals, site.wanted)
+            if w
         ]
         out = [None] * len(site.in_avals)
         for i, d in zip(moving, pullback(wanted)):

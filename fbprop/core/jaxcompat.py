@@ -108,6 +108,13 @@ def has_derivative(primitive):
     return primitive in ad.primitive_jvps
 
 
+def no_cotangent(aval):
+    """The cotangent of a result of this type that `jax.vjp`'s pullback takes for a symbolic 0."""
+    from jax.interpreters import ad
+
+    return ad.Zero(aval.to_tangent_aval())
+
+
 @functools.cache
 def adds_by_compare_and_swap(dtype):
     """Whether XLA's scatter-add of such numbers on NVIDIA GPUs retries until none interferes.

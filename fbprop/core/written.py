@@ -44,7 +44,8 @@ def as_written(jaxpr, written, *names):
     """
 
     def changed(eqn):
-        call = written.get(eqn.outvars[0]) if eqn.primitive.name in names else None
+        found = eqn.outvars and eqn.primitive.name in names
+        call = written.get(eqn.outvars[0]) if found else None
         return eqn.replace(primitive=WRITTEN, params={"call": call}) if call else eqn
 
     return jc.with_equations(jaxpr, [*map(changed, jc.open_jaxpr(jaxpr).eqns)])
