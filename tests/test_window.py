@@ -10,6 +10,7 @@ from jax import lax
 
 import fbprop
 from cases.case import apart
+from fbprop.rules import window
 
 
 def by_hand(x, size, strides, padding, dilation):
@@ -64,3 +65,18 @@ def test_nan_is_the_extremum_and_gets_the_gradient(size):
     np.testing.assert_array_equal(y, pool(x))
     assert np.isnan(y[0])
     np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0][: size], np.eye(size)[1])
+
+
+def test_a_tpu_scatters_where_the_operand_is_at_hand(monkeypatch, x64):
+    x, w = (jnp.asarray(np.random.default_rng(i).standard_normal((5, 7))) for i in (0, 1))
+    pool = lambda x: lax.reduce_window(x, -np.inf, lax.max, (3, 2), (2, 2), "SAME")
+    loss = lambda x: jnp.sum(jnp.sin(pool(x * w)))
+    looped = lambda x: lax.scan(lambda c, x: (c + loss(x), None), 0.0, x[None])[0]
+    for fun, platform, at_hand in (loss, "tpu", 1), (loss, "cuda", 0), (looped, "tpu", 0):
+        gradient = jax.jit(fbprop.grad(fun)).trace(x)
+        text = gradient.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("select_and_scatter") == at_hand, platform
+    assert "select-and-scatter" in str(fbprop.explain(loss, x, platform="tpu"))
+    monkeypatch.setattr(window, "at_lowering", lambda *xs, tpu, **_: tpu(*xs))
+    found = jax.jit(fbprop.grad(loss))(x)
+    np.testing.assert_allclose(found, jax.grad(loss)(x), rtol=1e-13, atol=1e-15)

@@ -88,7 +88,7 @@ class Plan:
         self.active_out = flow.active_out
         self.steps: list[tuple[Site, object, Step] | None] = []
         self.factored = {v: f for v, f in zip(body.invars, factored) if f}
-        keep = {}
+        keep, hand = {}, set()
         for eqn, found in zip(body.eqns, flow.sites):
             if not found or not any(found[0].wanted):
                 self.steps.append(None)
@@ -101,13 +101,14 @@ class Plan:
             step = rule.prepare(site)
             atoms = (*eqn.invars, *eqn.outvars)
             keep.update((atoms[i], None) for i in step.keep if jc.is_var(atoms[i]))
+            hand.update(atoms[i] for i in step.at_hand if jc.is_var(atoms[i]))
             self.steps.append((site, rule, step))
         inputs = (*body.invars, *body.constvars) if at_hand else ()
         stored = split(body, self.steps, keep, inputs) if again else (tuple(keep), {})
         self.keep, self.made = stored
         together = again and at_hand
         self.on_gpu = by_cut(body, self.steps, keep, inputs) if together else KeptOnGpu(*stored)
-        self.at_hand = {*self.made, *self.on_gpu.stored, *self.on_gpu.made}
+        self.at_hand = {*self.made, *self.on_gpu.stored, *self.on_gpu.made, *hand}
         self.n_extras = sum(1 for found in self.steps if found and found[2].forward)
 
 
@@ -205,6 +206,7 @@ class Engine(NamedTuple):
                 continue
             atoms = (*eqn.invars, *eqn.outvars)
             wants = [values.wanted(atoms[i], douts) for i in step.keep]
+            wants += [values.before.get(atoms[i]) for i in step.at_hand]
             values.forget(eqn)
             with jc.backward_context(eqn):
                 for v, din in zip(eqn.invars, _pull(site, rule, step, wants, extra, douts)):

@@ -81,6 +81,8 @@ class Step(NamedTuple):
       ``extra`` is a pytree of arrays kept besides ``keep``.
     inner: the halves of equations inside this one (`fbprop.core.halves.Halves`), for `explain`.
     slots: of a loop, where each leaf that its inner halves keep is kept: see its rule.
+    at_hand: indices of values that are not kept for it. The engine gives them to backward after
+      those that are, None for what is not at hand in the same trace.
     """
 
     keep: tuple[int, ...]
@@ -88,6 +90,7 @@ class Step(NamedTuple):
     forward: Callable | None = None
     inner: tuple = ()
     slots: tuple = ()
+    at_hand: tuple[int, ...] = ()
 
 
 class Rule:
