@@ -143,10 +143,13 @@ IMAGES, CONVOLUTION = "convolution, w̄ some images at a time", "convolution"
     (lambda x: x[jnp.array([1, 1])], [bf16(3, 5)], ("", "rows sorted", "")),
     (attention, [bf16(2, 256, 4, 64)], (BY_HEAD, "cuDNN", "Pallas")),
     (head, [f32(4096, 512), f32(512, 11)],
-     ("chunks of 512 rows", *["chunks of 1024 rows"] * 2)),
+     ("chunks of 512 rows", "chunks of 1024 rows",
+      "chunks of 1024 rows (the Pallas kernel takes 512 classes or more)")),
+    (head, [f32(4096, 512), f32(512, 700)],
+     ("chunks of 512 rows", "chunks of 1024 rows", "chunks of 2048 rows, by a Pallas kernel")),
     (fbprop.ops.layer_norm, [f32(1024, 768)], ("row by row", "", "")),
 ], ids=["softmax", "softmax of columns", "matmul", "convolution", "taps", "matmul 1x1", "gather",
-        "attention", "head", "layer_norm"])
+        "attention", "head", "head by a kernel", "layer_norm"])
 def test_what_is_chosen_on_a_platform(fun, args, expected):
     argnums = tuple(range(len(args)))
     for platform, form in zip(("cpu", "cuda", "tpu"), expected, strict=True):

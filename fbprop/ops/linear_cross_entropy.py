@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.devices import at_lowering, in_words
+from fbprop.core.devices import at_lowering
 from fbprop.core.operation import Operation
 from fbprop.core.precision import wide_dtype
+from fbprop.ops import softmax_tiles
 from fbprop.ops.arguments import check_smoothing
 from fbprop.rules import register
 
@@ -38,10 +39,13 @@ def linear_cross_entropy(x, w, labels, *, bias=None, ignore_index: int | None = 
 
     A sum or mean passes one number back, so its gradient is formed in the forward pass, by chunks
     of D rows on a CPU and 2 D elsewhere (256 to 4096): on a CPU the logits of N4096 D256 V8192 take
-    8 MB for 134. Without a reduction the chunks are computed again. In a program for several
-    devices all rows are one chunk, so that nothing more is sent between them than of the plain
-    code. Under `jax.vmap` each of the batch has a w̄ of its own: give all rows at once. After
-    Wijmans et al. 2024 (cut cross-entropy) and Hsu et al. 2024 (Liger kernels).
+    8 MB for 134. Without a reduction the chunks are computed again. On one TPU, of 512 classes or
+    more without soft_cap, in bfloat16 or where products of float32 are of bfloat16 (JAX's default
+    there), a Pallas kernel writes a chunk's exponentials, in bfloat16, for its logits;
+    `fbprop.explain` says so, and why not. In a program for several devices all rows are one chunk,
+    so that nothing more is sent between them than of the plain code. Under `jax.vmap` each of the
+    batch has a w̄ of its own: give all rows at once. After Wijmans et al. 2024 (cut cross-entropy)
+    and Hsu et al. 2024 (Liger kernels).
 
     Args:
       x: [..., D], floating; products of 16-bit numbers add up in float32.
@@ -107,54 +111,77 @@ def reference(x, w, bias, share, labels, *, form):
     return share.astype(z.dtype) * (losses + form.z_loss * lse**2)
 
 
-def _rows(form, w, bias, x, share, labels, d):
-    """Of a chunk of rows: losses times share, and z̄ where those of the losses are ``d``."""
-    s = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide_dtype(x.dtype))
-    s = s if bias is None else s + bias.astype(s.dtype)
-    z = s if form.cap is None else form.cap * jnp.tanh(s / form.cap)
-    top = jnp.max(z, -1, keepdims=True, initial=-jnp.inf)
-    e = jnp.exp(z - top)
-    total = jnp.sum(e, -1, keepdims=True)
-    lse = top + jnp.log(total)
-    inside = (labels >= 0) & (labels < w.shape[1])
-    hit = lax.broadcasted_iota(jnp.int32, z.shape, 1) == labels[:, None]
-    outside = jnp.where(inside, jnp.zeros_like(share), jnp.inf)
-    # ∞ − ∞ is nan: written as one it is found by `jax_debug_nans` where it is not taken.
-    chosen = jnp.sum(jnp.where(hit, z, 0), -1) + (outside - outside)
-    losses = lse[:, 0] - (1 - form.smoothing) * chosen + form.z_loss * lse[:, 0] ** 2
-    if form.smoothing:
-        losses = losses - form.smoothing * jnp.mean(z, -1)
-    losses = jnp.where(share == 0, 0, share * losses)
-    d = d[:, None]
-    g = e * (d * (1 + 2 * form.z_loss * lse) / total) - jnp.where(hit, (1 - form.smoothing) * d, 0)
-    if form.smoothing:
-        g = g - form.smoothing / z.shape[1] * d
-    g = g if form.cap is None else g * (1 - jnp.square(z / form.cap))
-    return losses, g.astype(x.dtype)
+class ByLogits:
+    """How a chunk of rows is done: its logits are an array. `ByTiles` is by the kernel for TPUs.
+
+    Attributes:
+      carry: w̄ and bias̄ of no rows, each of no elements where it is not wanted.
+    """
+
+    def __init__(self, form, wants, w, bias):
+        self.form, self.wants, self.w, self.bias = form, wants, w, bias
+        kind = wide_dtype(w.dtype)
+        self.carry = (jnp.zeros(w.shape if wants[1] else (0,), kind),
+                      jnp.zeros(w.shape[1:] if wants[2] else (0,), kind))
+
+    def chunk(self, carry, x, labels, d):
+        """A chunk's losses and x̄, and the carry with what it adds to w̄ and bias̄."""
+        kind, (dw, db) = wide_dtype(x.dtype), carry
+        losses, g = self._rows(x, labels, d)
+        if self.wants[1]:
+            dw = dw + lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=kind)
+        if self.wants[2]:
+            db = db + jnp.sum(g, 0, dtype=kind)
+        dx = jnp.zeros((len(x), 0), x.dtype)
+        if self.wants[0]:
+            dx = lax.dot_general(g, self.w, (((1,), (1,)), ((), ())), preferred_element_type=kind)
+        return (dw, db), (losses, dx.astype(x.dtype))
+
+    def whole(self, carry):
+        """w̄ and bias̄."""
+        return carry
+
+    def _rows(self, x, labels, d):
+        """Losses of rows, and z̄ where those of the losses are ``d``."""
+        form, kind = self.form, wide_dtype(x.dtype)
+        s = lax.dot_general(x, self.w, (((1,), (0,)), ((), ())), preferred_element_type=kind)
+        s = s if self.bias is None else s + self.bias.astype(s.dtype)
+        z = s if form.cap is None else form.cap * jnp.tanh(s / form.cap)
+        top = jnp.max(z, -1, keepdims=True, initial=-jnp.inf)
+        e = jnp.exp(z - top)
+        total = jnp.sum(e, -1, keepdims=True)
+        lse = top + jnp.log(total)
+        hit = lax.broadcasted_iota(jnp.int32, z.shape, 1) == labels[:, None]
+        chosen = jnp.sum(jnp.where(hit, z, 0), -1)
+        losses = lse[:, 0] - (1 - form.smoothing) * chosen + form.z_loss * lse[:, 0] ** 2
+        if form.smoothing:
+            losses = losses - form.smoothing * jnp.mean(z, -1)
+        d = d[:, None]
+        g = e * (d * (1 + 2 * form.z_loss * lse) / total)
+        g = g - jnp.where(hit, (1 - form.smoothing) * d, 0)
+        if form.smoothing:
+            g = g - form.smoothing / z.shape[1] * d
+        g = g if form.cap is None else g * (1 - jnp.square(z / form.cap))
+        return losses, g.astype(x.dtype)
 
 
-def _chunk(form, wants, w, bias, carry, rows):
-    """A chunk's losses and x̄; what it adds to w̄ and bias̄ is in the carry."""
+def _chunk(way, classes, carry, rows):
+    """A chunk's losses times share and x̄, and the carry after it."""
     x, share, labels, d = rows
     x = jnp.where((share == 0)[:, None], 0, x)  # what does not count is not read
-    kind, (dw, db) = wide_dtype(x.dtype), carry
-    losses, g = _rows(form, w, bias, x, share.astype(kind), labels, d.astype(kind))
-    if wants[1]:
-        dw = dw + lax.dot_general(x, g, (((0,), (0,)), ((), ())), preferred_element_type=kind)
-    if wants[2]:
-        db = db + jnp.sum(g, 0, dtype=kind)
-    dx = jnp.zeros((len(x), 0), x.dtype)
-    if wants[0]:
-        dx = lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=kind)
-    return (dw, db), (losses, dx.astype(x.dtype))
+    kind = wide_dtype(x.dtype)
+    share, d = share.astype(kind), d.astype(kind)
+    carry, (losses, dx) = way.chunk(carry, x, labels, d)
+    outside = jnp.where((labels >= 0) & (labels < classes), jnp.zeros_like(share), jnp.inf)
+    # ∞ − ∞ is nan: written as one it is found by `jax_debug_nans` where it is not taken.
+    losses = losses + (outside - outside)
+    return carry, (jnp.where(share == 0, 0, share * losses), dx)
 
 
-def _by_chunks(form, wants, size, w, bias, *rows):
+def _by_chunks(way, size, w, bias, *rows):
     """Losses [N] and x̄, w̄, bias̄, each of no elements where it is not wanted."""
-    kind, n = wide_dtype(w.dtype), len(rows[0])
-    carry = (jnp.zeros(w.shape if wants[1] else (0,), kind),
-             jnp.zeros(w.shape[1:] if wants[2] else (0,), kind))
-    chunk, outs = functools.partial(_chunk, form, wants, w, bias), []
+    n, carry, outs = len(rows[0]), way.carry, []
+    chunk = functools.partial(_chunk, way, w.shape[1])
     many = n // size
     if many > 1:
         parts = [a[:many * size].reshape(many, size, *a.shape[1:]) for a in rows]
@@ -166,32 +193,40 @@ def _by_chunks(form, wants, size, w, bias, *rows):
         outs.append(ys)
     losses, dx = (jnp.concatenate(y) if len(y) > 1 else y[0] for y in zip(*outs))
     bias_type = w.dtype if bias is None else bias.dtype
-    return [losses, dx, carry[0].astype(w.dtype), carry[1].astype(bias_type)]
+    dw, db = way.whole(carry)
+    return [losses, dx, dw.astype(w.dtype), db.astype(bias_type)]
 
 
 def _chosen(form, wants, x, w, bias, share, labels, d):
     """By chunks on one device, all rows at once in a program for several."""
     arrays = [a for a in (w, bias, x, share, labels, d) if a is not None]
 
-    def by(size):
+    def by(size, way=ByLogits):
         def run(w, *others):
-            return _by_chunks(form, wants, size, w, *(others if len(others) > 4 else
-                                                      (None, *others)))
+            bias, *rows = others if len(others) > 4 else (None, *others)
+            return _by_chunks(way(form, wants, w, bias), size, w, bias, *rows)
 
         return run
 
-    cpu, other = map(by, _sizes(x))
-    return at_lowering(*arrays, default=by(max(len(x), 1)), cpu=cpu, cuda=other, tpu=other)
+    cpu, other, tiled = _sizes(x)
+    tpu = by(other) if softmax_tiles.refuses(x, w, form.cap) else by(tiled, softmax_tiles.ByTiles)
+    return at_lowering(*arrays, default=by(max(len(x), 1)), cpu=by(cpu), cuda=by(other), tpu=tpu)
 
 
 def _sizes(x):
-    """Rows of a chunk, on CPUs and elsewhere."""
-    return [min(max(times * x.shape[1], LEAST), MOST) for times in CHUNKS]
+    """Rows of a chunk: on CPUs, elsewhere, and by the kernel for TPUs (a power of two)."""
+    least, most = (min(max(times * x.shape[1], LEAST), MOST) for times in CHUNKS)
+    return least, most, 1 << (min(max(4 * x.shape[1], 1024), MOST) - 1).bit_length()
 
 
 def _formulation(site):
-    cpu, other = (f"chunks of {n} rows" for n in _sizes(site.in_avals[0]))
-    return cpu if cpu == other else in_words(site.platform, cpu, "cpu", other)
+    (x, w), form = site.in_avals[:2], dict(site.params["static"])["form"]
+    cpu, other, tiled = (f"chunks of {n} rows" for n in _sizes(x))
+    why = softmax_tiles.refuses(x, w, form.cap)
+    tpu = f"{other} ({why})" if why else f"{tiled}, by a Pallas kernel"
+    if site.platform is None:
+        return cpu if cpu == other else f"{cpu} on CPUs, else {other}"
+    return {"cpu": cpu, "tpu": tpu}.get(site.platform, other)
 
 
 def _summed(x, w, bias, share, labels, *, form, wanted):
