@@ -228,6 +228,19 @@ def compare(got, expected):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5, err_msg=name)
 
 
+def test_a_number_that_a_users_function_hands_on_is_an_array_to_their_derivative():
+    kinds = []
+    same = custom_jvp(lambda x: x, lambda p, t: (p[0], t[0]))
+    looks = custom_vjp(
+        product, lambda x, y: (x * y, y), lambda y, d: (kinds.append(type(y)), (d * y, None))[1]
+    )
+    inner = custom_jvp(lambda x: x * 3, lambda p, t: (p[0] * 3, looks(t[0], same(3))))
+    assert fbprop.grad(lambda x: looks(x, same(2.0)))(1.0) == 2
+    assert fbprop.grad(inner)(1.0) == 3
+    assert len(kinds) == 2
+    assert all(issubclass(kind, jax.Array) for kind in kinds)
+
+
 def test_a_users_cotangent_in_another_precision_is_taken_and_keeps_the_primals():
     found = fbprop.grad(total(half))(X)
     assert found.dtype == "float32"

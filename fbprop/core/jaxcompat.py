@@ -15,6 +15,8 @@ import sys
 
 import jax
 import jaxlib
+import numpy as np
+from jax._src import literals
 
 
 @functools.cache
@@ -71,6 +73,12 @@ def in_avals(jaxpr):
 def is_var(atom):
     """Whether an operand or result is a variable; a literal carries its value instead."""
     return not hasattr(atom, "val")
+
+
+_NUMBERS = frozenset((
+    literals.TypedInt, literals.TypedFloat, literals.TypedComplex, literals.TypedNdArray,
+    int, float, complex, bool, np.ndarray,
+))  # types of literals, and of constants
 
 
 def literal(atom):
@@ -191,7 +199,9 @@ def bind(eqn, operands):
     """
     with equation_context(eqn):
         out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
+    outs = out if eqn.primitive.multiple_results else [out]
+    # A function that returns what it is given returns a literal as it is.
+    return [jax.numpy.asarray(x) if type(x) in _NUMBERS else x for x in outs]
 
 
 @contextlib.contextmanager
