@@ -141,7 +141,7 @@ def random_cotangent(out, seed=0):
         value = rng.standard_normal(aval.shape)
         if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             value = value + 1j * rng.standard_normal(aval.shape)
-        return jnp.asarray(value, aval.dtype)
+        return jax.device_put(value.astype(aval.dtype))
 
     return tree_map(leaf, out)
 

@@ -48,3 +48,9 @@ def x64():
     """64-bit types for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def caches_kept(monkeypatch):
+    """Benchmarks empty JAX's caches: 7 seconds late in a long run, and all is traced once more."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)

@@ -26,6 +26,8 @@ from benchmarks.row import SIZES, Draw, entries, loss_gradient, operation
 from benchmarks.rows import steps
 from forked import run
 
+pytestmark = pytest.mark.usefixtures("caches_kept")
+
 ROOT = Path(__file__).parent.parent
 
 SCALED = fbprop.table.override(

@@ -17,6 +17,8 @@ from benchmarks.sharded import report as lines
 from benchmarks.sharded.collectives import collectives
 from benchmarks.targets.loops import with_trips
 
+pytestmark = pytest.mark.usefixtures("caches_kept")
+
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -9,7 +9,6 @@ operations those that have several forms, or one of each.
 import contextlib
 
 import jax
-import jax.numpy as jnp
 from programs.compare import young_heap
 
 import fbprop
@@ -27,7 +26,7 @@ LOWERED = [case for case in ONE_EACH if case.name in (
 
 def operands(case):
     """In 32 bits, and a cotangent of the row's results."""
-    primals = [jnp.asarray(v) for v in case.values()]
+    primals = [jax.device_put(v) for v in case.values()]
     return primals, random_cotangent(jax.eval_shape(case.fun, *primals))
 
 

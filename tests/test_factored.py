@@ -5,6 +5,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType
@@ -13,11 +14,9 @@ from jax.sharding import PartitionSpec as P
 import fbprop
 from fbprop.core import factored
 
-KEYS = jax.random.split(jax.random.key(0), 5)
 
-
-def draw(i, *shape):
-    return jax.random.normal(KEYS[i], shape)
+def draw(seed, *shape):
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, "float32"))
 
 
 PRODUCTS = {

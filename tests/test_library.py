@@ -357,7 +357,7 @@ def rows():
 def test_same_as_jax(name, fun, specs, x64):
     with jax.numpy_dtype_promotion("standard"):
         rng = np.random.default_rng(0)
-        operands = tuple(jnp.asarray(spec(rng)) for spec in specs)
+        operands = tuple(jax.device_put(spec(rng)) for spec in specs)
         cotangent = random_cotangent(jax.eval_shape(fun, *operands))
         moving = [i for i, x in enumerate(operands) if differentiable(x)]
 

@@ -18,7 +18,8 @@ GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
 def drawn(*shape, seed=0, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return jax.device_put(values.astype(jnp.dtype(dtype)))
 
 
 def weights(name, front=(), dtype="float32"):

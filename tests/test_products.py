@@ -49,7 +49,7 @@ def made(shape, dtype, seed):
     value = rng.integers(-2, 3, shape)
     if dtype.startswith("complex"):
         value = value + 1j * rng.integers(-2, 3, shape)
-    return jnp.asarray(value).astype(dtype)
+    return jax.device_put(value.astype(jnp.dtype(dtype)))
 
 
 def pairs(product, types, options):

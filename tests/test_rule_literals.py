@@ -38,12 +38,13 @@ def takes_literal(case, fun, rest):
 def with_numbers():
     """(row, function of the other operands, these), an operand in turn being a Python number."""
     for case in CASES:
-        operands = [jnp.asarray(v) for v in case.values()]
+        values = case.values()
+        operands = jax.tree.map(jax.device_put, list(values))
         for i, operand in enumerate(operands):
             rest = operands[:i] + operands[i + 1 :]
             if not rest or not operand.size or case.name == REFUSED_BY_JAX:
                 continue
-            number = operand.reshape(-1)[0].item()
+            number = np.asarray(values[i]).reshape(-1)[0].item()
             fun = lambda *rest, f=case.fun, i=i, n=number: f(*rest[:i], n, *rest[i:])
             if takes_literal(case, fun, rest):
                 yield case, fun, rest

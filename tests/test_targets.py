@@ -17,6 +17,8 @@ from benchmarks.rows.steps import classification
 from benchmarks.targets import compiled, kernels, loops
 from benchmarks.targets import report as lines
 
+pytestmark = pytest.mark.usefixtures("caches_kept")
+
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 %fused (p: f32[4,8]) -> f32[4,8] {

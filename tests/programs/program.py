@@ -39,7 +39,7 @@ class Type(NamedTuple):
                 value = value + 1j * rng.standard_normal(self.shape)
         if self.weak:
             return value.item() if hasattr(value, "item") else value
-        return jnp.asarray(value).astype(self.dtype)
+        return jax.device_put(np.asarray(value).astype(jnp.dtype(self.dtype)))
 
 
 @dataclass(frozen=True)
