@@ -129,7 +129,7 @@ def main(options):
     start = time.perf_counter()
     done = train.fit(
         make_loss(network), optimizer, state, examples, steps=options.steps, mesh=devices,
-        batch_size=options.batch, every=max(1, options.steps // 3), layout=layout,
+        batch_size=options.batch, every=max(1, -(-options.steps // 3)), layout=layout,
         compute_dtype=jax.numpy.bfloat16 if options.bfloat16 else None,
         checkpoints=options.checkpoints,
     )

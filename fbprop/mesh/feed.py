@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fbprop.mesh.layouts import Layout, automatic, replicated, share
+from fbprop.mesh.layouts import Layout, automatic, check_layout, check_mesh, replicated, share
 
 
 def feed(batch, mesh, layout: Layout | None = None) -> Any:
@@ -27,7 +27,7 @@ def feed(batch, mesh, layout: Layout | None = None) -> Any:
       The pytree, of global arrays.
 
     Raises:
-      ValueError: the axes do not divide the number of examples.
+      ValueError: the axes do not divide the number of examples.   TypeError: no mesh or layout.
 
     Example:
       >>> import jax, numpy as np
@@ -37,7 +37,9 @@ def feed(batch, mesh, layout: Layout | None = None) -> Any:
       >>> batch["x"].sharding.spec == jax.sharding.PartitionSpec("data")
       True
     """
-    return jax.tree.map(Feed(mesh, layout or replicated()).local, batch)
+    check_mesh(mesh)
+    check_layout(layout, none=True)
+    return jax.tree.map(Feed(mesh, replicated() if layout is None else layout).local, batch)
 
 
 class Feed:
@@ -58,7 +60,8 @@ class Feed:
             raise ValueError(
                 f"Every device gets equally many examples, got a batch of {examples} for axes "
                 f"{self.axes} of {self.parts} devices, expected a multiple of {self.parts}: take "
-                "another batch size, or name another axis with the layout's batch=."
+                "another batch size (of each piece, with accumulate), leave a shorter last batch "
+                "out, or name another axis with the layout's batch=."
             )
 
     def local(self, x, lead: int = 0) -> jax.Array:

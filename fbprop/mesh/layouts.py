@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
 Axes = str | tuple[str, ...] | None
@@ -42,8 +42,10 @@ class Layout:
         Raises:
           ValueError: a parameter whose dimension an axis does not divide, an axis that the mesh
             lacks, a pattern without a parameter or a parameter without a pattern.
+          TypeError: no mesh; a spec that does not name axes.
         """
-        found, tree = tree_flatten_with_path(params)
+        check_mesh(mesh)
+        found, tree = tree_flatten_with_path(jax.tree.map(typed, params))
         named = {keystr(path, simple=True, separator="/"): x for path, x in found}
         specs = self._rule(mesh, named)
         for name, x in named.items():
@@ -65,7 +67,7 @@ class Layout:
         """
         if self.batch is None or (self.batch == "data" and "data" not in mesh.axis_names):
             return ()
-        axes = (self.batch,) if isinstance(self.batch, str) else tuple(self.batch)
+        axes = _names("the batch", self.batch)
         for axis in axes:
             check_axis(mesh, "the batch", axis)
         return axes
@@ -146,6 +148,9 @@ def fully_sharded(axis: Axes = "data", *, within: Layout | None = None,
         split here.
       batch: see `layout`; default: ``axis``.
 
+    Raises:
+      TypeError: ``within`` is no layout.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from fbprop import mesh
@@ -154,12 +159,12 @@ def fully_sharded(axis: Axes = "data", *, within: Layout | None = None,
       >>> tuple(specs["w"]), tuple(specs["b"])
       (('data',), ())
     """
+    check_layout(within, none=True)
     base = replicated() if within is None else within
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
 
     def rule(mesh, named):
         specs = base._rule(mesh, named)
-        n = share(mesh, "a fully sharded layout", axes)
+        n = share(mesh, "a fully sharded layout", axis)
         return {name: _split_largest(x.shape, specs[name], axis, n) for name, x in named.items()}
 
     return Layout(rule, axis if batch is None else batch)
@@ -178,12 +183,35 @@ def is_spec(x) -> bool:
     return isinstance(x, PartitionSpec)
 
 
+def typed(x):
+    """A leaf with a shape and a dtype: a number has none by itself."""
+    return x if hasattr(x, "shape") and hasattr(x, "dtype") else jax.typeof(x)
+
+
 def share(mesh, what: str, axes) -> int:
     """Into how many parts axes (a name, several, or None) split a dimension."""
-    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    axes = _names(what, axes)
     for axis in axes:
         check_axis(mesh, what, axis)
     return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
+
+
+def check_mesh(mesh) -> None:
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(
+            f"A layout is for a mesh, got mesh={mesh!r} expected a jax.sharding.Mesh: "
+            "jax.make_mesh((8,), ('data',)), say."
+        )
+
+
+def check_layout(layout, none: bool = False) -> None:
+    """Raises unless it is a layout; ``none``: or None."""
+    if not (isinstance(layout, Layout) or (none and layout is None)):
+        raise TypeError(
+            f"Where parameters lie is a layout's say, got {layout!r} expected what "
+            "fbprop.mesh.layout, replicated, fully_sharded or tensor_parallel returns"
+            f"{', or None' if none else ''}."
+        )
 
 
 def check_axis(mesh, what: str, axis: str) -> None:
@@ -205,7 +233,7 @@ def check_spec(mesh, name: str, x, spec) -> None:
     used = []
     for d, axes in enumerate(spec):
         n = share(mesh, what, axes)
-        used += [axes] if isinstance(axes, str) else axes or ()
+        used += _names(what, axes)
         if x.shape[d] % n:
             raise ValueError(
                 f"Every device gets an equal part, got {what}, whose dimension {d} axis {axes!r} "
@@ -217,6 +245,17 @@ def check_spec(mesh, name: str, x, spec) -> None:
             f"An axis splits one dimension of a parameter, got {spec} for {what}; expected each "
             "axis once."
         )
+
+
+def _names(what: str, axes) -> tuple[str, ...]:
+    """Axes as a tuple of their names."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"An axis of a mesh is a name, got {axes!r} for {what} expected a string, several in a "
+            "tuple, or None."
+        )
+    return tuple(names)
 
 
 def _first(patterns, name):
@@ -236,6 +275,6 @@ def _split_largest(shape, spec, axis, n):
         return spec
     largest = max(free, key=lambda d: shape[d])
     whole[largest] = axis
-    while whole[-1] is None:
+    while whole and whole[-1] is None:
         whole.pop()
     return PartitionSpec(*whole)

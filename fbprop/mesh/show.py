@@ -7,7 +7,7 @@ import math
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from fbprop.mesh.layouts import Layout, is_spec, share
+from fbprop.mesh.layouts import Layout, check_layout, is_spec, share, typed
 
 
 def show(params, layout: Layout, mesh) -> str:
@@ -19,7 +19,7 @@ def show(params, layout: Layout, mesh) -> str:
       mesh: a `jax.sharding.Mesh` or `AbstractMesh`.
 
     Raises:
-      ValueError: as `Layout.specs`.
+      ValueError, TypeError: as `Layout.specs`; TypeError also for no layout.
 
     Example:
       >>> import jax
@@ -35,6 +35,8 @@ def show(params, layout: Layout, mesh) -> str:
       dense_1/kernel  float32[16, 3]  float32[8, 3]  model, -                      96
       total of mesh data=4, model=2                                               396
     """
+    check_layout(layout)
+    params = jax.tree.map(typed, params)
     specs = jax.tree.leaves(layout.specs(mesh, params), is_leaf=is_spec)
     rows = [("parameter", "whole", "on a device", "split by", "bytes on a device")]
     total = 0

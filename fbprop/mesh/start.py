@@ -9,6 +9,7 @@ import jax
 
 from fbprop.mesh.cluster import unsaid
 
+_LOCAL = ("127.0.0.1", "localhost")
 # JAX ends the process by itself, without an exception, when its own time to meet is over.
 _NEVER = 10**6
 # What JAX says where no cluster is found, and where a TPU's worker has no number.
@@ -39,7 +40,8 @@ def start(coordinator: str | None = None, processes: int | None = None,
       TimeoutError: not all processes came.
       ValueError: arguments that do not go together, or none where no cluster says them; of Slurm
         and GKE the variables that are missing.
-      RuntimeError: devices are in use already; or it was called twice.
+      RuntimeError: devices are in use already; it was called twice; or process 0 cannot listen at
+        the coordinator's port.
 
     Example:
       >>> from fbprop import mesh
@@ -48,6 +50,9 @@ def start(coordinator: str | None = None, processes: int | None = None,
       ValueError: Processes are numbered from 0, got process=2 expected 0 to 1: processes=2.
     """
     _check(coordinator, processes, process)
+    _check_times(timeout, heartbeat)
+    if process == 0:
+        _check_free(coordinator)
     failed: list[BaseException] = []
     joining = threading.Thread(
         target=_join, args=(coordinator, processes, process, heartbeat, failed), daemon=True
@@ -66,7 +71,7 @@ def start(coordinator: str | None = None, processes: int | None = None,
 
 def _join(coordinator, processes, process, heartbeat, failed):
     bind = {}
-    if coordinator is not None and _host(coordinator) in ("127.0.0.1", "localhost"):
+    if coordinator is not None and _host(coordinator) in _LOCAL:
         bind = {"coordinator_bind_address": coordinator}  # instead of all the machine's addresses
     try:
         jax.distributed.initialize(
@@ -85,21 +90,52 @@ def _check(coordinator, processes, process):
             f"A process joins by address, number of processes and its own number, got {given} "
             f"expected {', '.join(missing)} too, or none of them in a cluster that JAX knows."
         )
-    if coordinator is not None and not _host(coordinator):
+    if missing:
+        return
+    if not isinstance(coordinator, str) or not _host(coordinator):
         raise ValueError(
             f"A coordinator is a host and a port, got {coordinator!r} expected e.g. "
             "'10.0.0.1:1234'."
         )
-    if process is not None and not 0 <= process < processes:
+    for name, value, least in (("processes", processes, 1), ("process", process, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"Processes are counted, got {name}={value!r} expected an integer, {least} or more."
+            )
+    if process >= processes:
         raise ValueError(
             f"Processes are numbered from 0, got process={process} expected 0 to {processes - 1}: "
             f"processes={processes}."
         )
 
 
+def _check_times(timeout, heartbeat):
+    if not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise ValueError(
+            f"The others are waited for, got timeout={timeout!r} expected seconds, more than 0."
+        )
+    if not isinstance(heartbeat, int) or heartbeat < 1:
+        raise ValueError(
+            f"Signs of life are counted in seconds, got heartbeat={heartbeat!r} expected whole "
+            "seconds, 1 or more."
+        )
+
+
+def _check_free(coordinator):
+    """Where JAX cannot listen, it ends by a segmentation fault, one time in three."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_server((host if host in _LOCAL else "", int(port))).close()
+    except OSError as error:
+        raise RuntimeError(
+            f"Process 0 listens at the coordinator's port, got {coordinator} ({error}) expected a "
+            "free one: take another, and give it to all."
+        ) from error
+
+
 def _host(coordinator: str) -> str:
     host, _, port = coordinator.rpartition(":")
-    return host if port.isdigit() else ""
+    return host if port.isdigit() and int(port) < 2**16 else ""
 
 
 def missing(coordinator, process) -> str:

@@ -128,45 +128,46 @@ def fit(loss: Callable, optimizer, params, data, *, epochs: int | None = None,
     check_optimizer(optimizer)
     first = jax.process_index() == 0
     place = placement(mesh, layout)
-    if isinstance(params, State):
-        state = place.moved(params)
-    else:
-        state = init(params, optimizer, mesh=mesh, layout=layout)
-    store = None if checkpoints is None else Store(pathlib.Path(checkpoints), keep_last)
-    state, past = (state, {}) if store is None else store.resume(state, resume)
-    if batch_size is None:
-        feed = BatchFeed(data, steps_per_dispatch, every, place.feed)
-    else:
-        feed = ArrayFeed(data, batch_size, state.key, steps_per_dispatch, every, place.feed)
-    run = Run(
-        state, Position(*past.get("position", ())), store,
-        LossWatch(**past.get("loss", {})), BestSoFar(monitor, mode, **past.get("best", {})),
-        _held_out_metrics(metric, held_out, batch_size, place.feed),
-        Log(log, int(state.step), writes=first),
-    )
-    total = _total_steps(run, feed, epochs, steps)
-    bar = Progress(total, run.step, progress if first else False)
-    try:
-        one = step(loss, optimizer, mesh=mesh, layout=layout, **options)
-        many = epoch(loss, optimizer, mesh=mesh, layout=layout, **options)
-        run.looks = watching(
-            watch, Steps(None, feed, one, many, loss, optimizer, place, options)
+    with place.around():
+        if isinstance(params, State):
+            state = place.moved(params)
+        else:
+            state = init(params, optimizer, mesh=mesh, layout=layout)
+        store = None if checkpoints is None else Store(pathlib.Path(checkpoints), keep_last)
+        state, past = (state, {}) if store is None else store.resume(state, resume)
+        if batch_size is None:
+            feed = BatchFeed(data, steps_per_dispatch, every, place.feed)
+        else:
+            feed = ArrayFeed(data, batch_size, state.key, steps_per_dispatch, every, place.feed)
+        run = Run(
+            state, Position(*past.get("position", ())), store,
+            LossWatch(**past.get("loss", {})), BestSoFar(monitor, mode, **past.get("best", {})),
+            _held_out_metrics(metric, held_out, batch_size, place.feed),
+            Log(log, int(state.step), writes=first),
         )
-        feed.rhythm = run.looks.rhythm(feed.rhythm)
-        stopped = _reason(run, epochs, steps, patience)
-        while stopped is None:
-            stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
-    except NonFiniteLoss as error:
-        start = _start(run, params, optimizer, mesh, layout)
-        named = _named(error, Steps(start, feed, one, many, loss, optimizer, place, options))
-        named.add_note(_left_of(run))
-        raise named from None
-    except Exception as error:
-        error.add_note(_left_of(run))
-        raise
-    finally:
-        bar.close()
-    return Fit(run.state, run.best_state(), run.log.rows, stopped)
+        total = _total_steps(run, feed, epochs, steps)
+        bar = Progress(total, run.step, progress if first else False)
+        try:
+            one = step(loss, optimizer, mesh=mesh, layout=layout, **options)
+            many = epoch(loss, optimizer, mesh=mesh, layout=layout, **options)
+            run.looks = watching(
+                watch, Steps(None, feed, one, many, loss, optimizer, place, options)
+            )
+            feed.rhythm = run.looks.rhythm(feed.rhythm)
+            stopped = _reason(run, epochs, steps, patience)
+            while stopped is None:
+                stopped = _one_pass(run, feed, one, many, bar, (epochs, steps, patience))
+        except NonFiniteLoss as error:
+            start = _start(run, params, optimizer, mesh, layout)
+            named = _named(error, Steps(start, feed, one, many, loss, optimizer, place, options))
+            named.add_note(_left_of(run))
+            raise named from None
+        except Exception as error:
+            error.add_note(_left_of(run))
+            raise
+        finally:
+            bar.close()
+        return Fit(run.state, run.best_state(), run.log.rows, stopped)
 
 
 def _start(run, params, optimizer, mesh, layout):

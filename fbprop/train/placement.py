@@ -5,24 +5,32 @@ What is said here are shardings of values inside a program; XLA finds what devic
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_map
 
 from fbprop.core.factored import is_factored
 from fbprop.mesh.feed import Feed, host
 from fbprop.mesh.follow import following
-from fbprop.mesh.layouts import Layout, automatic, replicated
+from fbprop.mesh.layouts import Layout, automatic, check_layout, check_mesh, replicated
 
 
 class Anywhere:
     """Without a mesh nothing is moved."""
 
     feed = None
+
+    def program(self, fun):
+        return fun
+
+    def around(self):
+        return contextlib.nullcontext()
 
     def start(self, params, opt_init, rest):
         """Parameters, the optimiser's state and the rest of a state, all in new buffers."""
@@ -49,8 +57,30 @@ class Placement:
         self.mesh, self.layout, self.feed = automatic(mesh), layout, Feed(mesh, layout)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
 
+    def program(self, fun):
+        """A function to be compiled, as `around` outside of programs."""
+        @functools.wraps(fun)
+        def run(*args):
+            if not _is_explicit():
+                return fun(*args)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return fun(*args)
+
+        return run
+
+    def around(self):
+        """A context in place of a mesh that the caller has set (`jax.set_mesh`) for Explicit axes.
+
+        There JAX refuses arrays that lie on the same axes as Auto ones.
+        """
+        return jax.set_mesh(self.mesh) if _is_explicit() else contextlib.nullcontext()
+
     def start(self, params, opt_init, rest):
         """As `Anywhere.start`; no device holds more than its part at any time."""
+        with self.around():
+            return self._start(params, opt_init, rest)
+
+    def _start(self, params, opt_init, rest):
         def opt_state_of(p):
             return tree_map(fresh, opt_init(p))
 
@@ -110,17 +140,13 @@ class Placement:
 def placement(mesh, layout) -> Anywhere | Placement:
     if mesh is None and layout is None:
         return Anywhere()
-    if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise TypeError(
-            f"A layout is for a mesh, got mesh={mesh!r} expected a jax.sharding.Mesh: "
-            "jax.make_mesh((8,), ('data',)), say."
-        )
-    if not isinstance(layout, (Layout, type(None))):
-        raise TypeError(
-            f"Where parameters lie is a layout's say, got {layout!r} expected what "
-            "fbprop.mesh.layout, replicated, fully_sharded or tensor_parallel returns, or None."
-        )
+    check_mesh(mesh)
+    check_layout(layout, none=True)
     return Placement(mesh, replicated() if layout is None else layout)
+
+
+def _is_explicit() -> bool:
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 def is_maker(params) -> bool:

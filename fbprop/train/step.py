@@ -85,7 +85,7 @@ def step(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
         loss, optimizer, accumulate, compute_dtype, place, learning, alignment, rules=rules,
         fallback=fallback,
     )
-    return jax.jit(one, donate_argnums=0)
+    return jax.jit(place.program(one), donate_argnums=0)
 
 
 def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
@@ -132,7 +132,7 @@ def epoch(loss: Callable, optimizer, *, accumulate: int = 1, compute_dtype=None,
         # Said again of the loop's results: XLA may lay them out in another way than each step's.
         return place.result(*lax.scan(body, state, indices))
 
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(place.program(run), donate_argnums=0)
 
 
 def _one_step(loss, optimizer, accumulate, compute_dtype, place, learning, alignment, **engine):
