@@ -62,6 +62,22 @@ def test_what_does_not_fit_is_refused(patterns, match):
         refused()
 
 
+@pytest.mark.parametrize(("mistake", "match"), [
+    (lambda: mesh.layout({"*": P(P.UNCONSTRAINED)}).specs(BOTH, ONE), "axis of a mesh is a name, "
+     r"got UNCONSTRAINED for parameter 'encoder/bias' of float32\[6\] expected a string"),
+    (lambda: mesh.fully_sharded(3).specs(BOTH, ONE), "got 3 for a fully sharded layout expected"),
+    (lambda: mesh.replicated(batch=3).batch_axes(BOTH), "got 3 for the batch expected a string"),
+    (lambda: mesh.fully_sharded(within=BOTH), "a layout's say, got .* expected .*, or None"),
+    (lambda: mesh.show(ONE, BOTH, mesh.replicated()), "layout's say, .*parallel returns[.]"),
+    (lambda: mesh.replicated().specs(8, ONE), "for a mesh, got mesh=8 expected a jax.sharding.M"),
+    (lambda: mesh.feed(jnp.ones(8), None), "for a mesh, got mesh=None expected"),
+    (lambda: mesh.feed(jnp.ones(8), BOTH, P()), r"a layout's say, got P\(\) expected"),
+])
+def test_what_is_no_axis_mesh_or_layout_is_refused(mistake, match):
+    with pytest.raises(TypeError, match=match):
+        mistake()
+
+
 @pytest.mark.parametrize("patterns", [{}, {"*": "data"}, [("*", P())], {3: P()}])
 def test_a_layout_is_a_dict_of_specs(patterns):
     with pytest.raises(TypeError, match="a dict from patterns to specs, got .* expected e.g."):
@@ -178,3 +194,5 @@ def test_bytes_of_a_device_are_shown():
         ["scale", "float32[]", "float32[]", "-", "4"],
         ["total", "of", "mesh", "data=4,", "model=2", "52"],
     ]
+    numbers = mesh.show({"a": 1.0, "b": 2}, mesh.fully_sharded(), BOTH)
+    assert ["b", "int32[]", "int32[]", "-", "4"] in [line.split() for line in numbers.splitlines()]

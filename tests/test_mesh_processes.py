@@ -62,12 +62,26 @@ def test_one_that_dies_ends_the_other_with_a_sentence(nursery, tmp_path):
     (("127.0.0.1:9", 2), ValueError, "joins by address, .* expected process too, or none of them"),
     (("127.0.0.1", 2, 0), ValueError, "a host and a port, got '127.0.0.1' expected"),
     (("127.0.0.1:9", 2, 2), ValueError, "numbered from 0, got process=2 expected 0 to 1"),
-    (("127.0.0.1:9", 1, 0), RuntimeError, "got devices in use already; expected mesh.start before"),
+    (("127.0.0.1:70000", 2, 1), ValueError, "a host and a port, got '127.0.0.1:70000' expected"),
+    ((1234, 2, 1), ValueError, "a host and a port, got 1234 expected"),
+    (("127.0.0.1:9", "2", 1), ValueError, "counted, got processes='2' expected an integer, 1 or m"),
+    (("127.0.0.1:9", 2, -1), ValueError, "counted, got process=-1 expected an integer, 0 or more"),
+    ((None, None, None, 0), ValueError, "waited for, got timeout=0 expected seconds, more than 0"),
+    ((None, None, None, 1, 0.5), ValueError, "got heartbeat=0.5 expected whole seconds, 1 or more"),
 ])
 def test_mistakes(arguments, error, match):
-    jax.devices()
     with pytest.raises(error, match=match):
-        mesh.start(*arguments)
+        mesh.start(*arguments[:3], **dict(zip(("timeout", "heartbeat"), arguments[3:])))
+
+
+def test_devices_in_use_and_ports_in_use():
+    jax.devices()
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=f"listens at .*, got {address} .* expected a free"):
+            mesh.start(address, 1, 0)
+    with pytest.raises(RuntimeError, match="got devices in use already; expected mesh.start befor"):
+        mesh.start(address, 1, 0)
 
 
 def test_who_is_missing_is_said_as_far_as_one_can_know():

@@ -51,7 +51,7 @@ def start(coordinator: str | None = None, processes: int | None = None,
     """
     _check(coordinator, processes, process)
     _check_times(timeout, heartbeat)
-    if process == 0:
+    if process == 0 and not jax.distributed.is_initialized():
         _check_free(coordinator)
     failed: list[BaseException] = []
     joining = threading.Thread(
