@@ -185,6 +185,8 @@ def test_constant_and_empty():
     (lambda: ops.dropout(CLASSES, 0.5, KEY), TypeError, "dropout takes floating numbers, got int"),
     (lambda: ops.dropout(X, 1.0, KEY), ValueError, r"got 1.0 expected a number in \[0, 1\)"),
     (lambda: ops.dropout(X, 0.5, None), ValueError, "got key=None expected a JAX key"),
+    (lambda: ops.dropout(X, 0.5, 3), ValueError, "dropout draws by a single JAX key, got 3 exp"),
+    (lambda: ops.dropout(X, 0.5, jax.random.split(KEY)), ValueError, r"got key<fry>\[2\] expected"),
     (lambda: ops.dense(X, X), ValueError, r"got float32\[4, 6\] and float32\[4, 6\]"),
     (lambda: ops.dense(X, X.T, X[0]), ValueError, r"bias has shape \(6,\), expected \(4,\)"),
     (lambda: ops.dense(X, X.T, activation="elu"), ValueError, "one of 'gelu'.*got 'elu'"),

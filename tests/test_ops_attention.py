@@ -210,6 +210,22 @@ def test_keeps_no_scores():
 q, k, v = (jax.ShapeDtypeStruct((2, 5, n, 3), jnp.float32) for n in (4, 2, 2))
 
 
+@pytest.mark.parametrize("steps", [5, 70])
+def test_a_bias_of_minus_infinity_is_a_mask(steps):
+    """Of left padding under a causal mask, too, where the first queries see nothing."""
+    q, k, v = drawn(steps, steps)
+    real = jnp.broadcast_to(jnp.arange(steps) >= 2, (1, 1, steps, steps))
+    bias = jnp.where(real, 0.5, -jnp.inf)
+    dy = draw(*q.shape[:3], v.shape[-1])
+    run = lambda ad, **seen: ad.value_and_grad(
+        lambda *x: jnp.sum(dy * ops.attention(*x, causal=True, **seen)), (0, 1, 2))(q, k, v)
+    wanted, *found = jax.jit(lambda: [run(jax, mask=real)] + [
+        run(ad, bias=bias) for ad in (jax, fbprop)])()
+    for got, expected in zip(jax.tree.leaves(found), 2 * jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert (found[0][1][0][:, :2] == 0).all()
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"q": jnp.ones((2, 5))}, ValueError, r"takes q \[B, T, H, D\].*got \(2, 5\)"),
     ({"k": jnp.ones((2, 5, 2, 7))}, ValueError, "as many features per head"),
@@ -218,7 +234,10 @@ q, k, v = (jax.ShapeDtypeStruct((2, 5, n, 3), jnp.float32) for n in (4, 2, 2))
     ({"mask": jnp.ones((5, 5))}, TypeError, "mask has dtype float32, expected bool"),
     ({"bias": jnp.ones((5, 5), bool)}, TypeError, "bias has dtype bool, expected floating"),
     ({"mask": jnp.ones((4, 5), bool)}, ValueError, r"mask broadcasts to \[B, H, T, S\]"),
-    ({"window": -1}, ValueError, "two numbers from 0 on"),
+    ({"window": -1}, ValueError, "got -1 expected two whole numbers from 0 on"),
+    ({"window": 1.5}, ValueError, "got 1.5 expected two whole numbers"),
+    ({"window": (1, 2, 3)}, ValueError, r"got \(1, 2, 3\) expected two whole numbers"),
+    ({"dropout": 0.5, "key": 3}, ValueError, "attention draws by a single JAX key, got 3 exp"),
     ({"dropout": 1.0}, ValueError, r"got 1.0 expected a number in \[0, 1\)"),
     ({"dropout": 0.5}, ValueError, "got key=None expected a JAX key"),
     ({"lengths": jnp.ones(2)}, ValueError, r"got float32\[2\] expected int32\[2\]"),

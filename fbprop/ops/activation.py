@@ -34,7 +34,7 @@ def gelu(x, *, approximate: bool = True):
     |---|---|---|
     | x | as x | x and Φ or tanh |
 
-    x̄ = ȳ (Φ + x Φ'), also where x² overflows.
+    x̄ = ȳ (Φ + x Φ'), also where x² overflows. At −inf y is nan, as of `jax.nn.gelu`, and x̄ = 0.
 
     Args:
       x: floating.
@@ -51,6 +51,8 @@ def gelu(x, *, approximate: bool = True):
 
 def silu(x):
     """x σ(x), also called swish (Elfwing et al. 2018); kept is x.  x̄ = ȳ (σ + x σ (1 − σ)).
+
+    At −inf y is nan, as of `jax.nn.silu`, and x̄ = 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,7 +115,7 @@ def dense(x, w, bias=None, *, activation: str | None = None):
       x: [..., D], floating.
       w: [D, E], of x's dtype.
       bias: [E], or None.
-      activation: "gelu", "gelu_tanh", "silu", "relu", "tanh", "sigmoid", or None.
+      activation: "gelu" (x Φ(x) itself), "gelu_tanh", "silu", "relu", "tanh", "sigmoid", or None.
 
     Returns:
       [..., E], of x's dtype.

@@ -1,5 +1,6 @@
 """Checks that several operations share."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -18,6 +19,20 @@ def check_smoothing(label_smoothing) -> None:
             f"label_smoothing is a share of the target, got {label_smoothing} expected a number in "
             "[0, 1), such as 0.1."
         )
+
+
+def one_key(name: str, key):
+    """``key`` as a typed JAX key; raises ValueError unless it is a single one."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        alone = shape == ()
+    else:
+        alone = dtype == jnp.uint32 and len(shape) == 1
+    if not alone:
+        got = f"{key!r}" if dtype is None else f"{dtype}{list(shape)}"
+        raise ValueError(f"{name} draws by a single JAX key, got {got} expected "
+                         "jax.random.key(...): jax.vmap is for several.")
+    return jax.random.wrap_key_data(key) if dtype == jnp.uint32 else key
 
 
 def recurrent_arguments(name, gates, x, kernel, recurrent, biases, initial, states, lengths, both):

@@ -6,7 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fbprop.ops.arguments import one_key
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import ROWS, Form
 
@@ -35,7 +37,7 @@ def attention(q, k, v, *, causal: bool = False, mask=None, bias=None,
         consecutive heads of queries (Ainslie et al. 2023). All of one floating dtype.
       causal: query t sees keys 0..t.
       mask: bool, broadcasts to [B, H, T, S]; where it is False a key is not seen.
-      bias: added to the scores, broadcasts to [B, H, T, S].
+      bias: added to the scores, broadcasts to [B, H, T, S]; a key of −inf is not seen.
       window: query t sees keys t − left .. t + right of ``(left, right)``; one number is for both.
       scale: of the scores; by default 1 / sqrt(D).
       dropout: probability in [0, 1) with which a share is left out; key: then a JAX key.
@@ -66,19 +68,13 @@ def attention(q, k, v, *, causal: bool = False, mask=None, bias=None,
     _check(q, k, v, dropout, key)
     batch, steps, heads, size = q.shape
     groups = heads // max(k.shape[2], 1)
-    if isinstance(window, int):
-        window = (window, window)
-    if window is not None and (len(window) != 2 or min(window) < 0):
-        raise ValueError(
-            "window is how many keys a query sees to its left and right, got "
-            f"{window!r} expected two numbers from 0 on."
-        )
+    window = _both_sides(window)
     full = (batch, heads, steps, k.shape[1])
     mask, bias = (_by_group(n, a, full, groups) for n, a in (("mask", mask), ("bias", bias)))
     seed = _seed(key, batch, k.shape[2]) if dropout else None
     real = _real(lengths, steps, k.shape[1], batch)
     scale = 1 / math.sqrt(max(size, 1)) if scale is None else float(scale)
-    form = Form(scale, bool(causal), window and tuple(window), float(dropout))
+    form = Form(scale, bool(causal), window, float(dropout))
     short = max(steps, k.shape[1]) <= ROWS and not dropout
     grouped = q.reshape(batch, steps, k.shape[2], groups, size)
     y = (plain if short else attend)(grouped, k, v, bias, mask, real, seed, form=form)
@@ -115,6 +111,19 @@ def _check(q, k, v, dropout, key):
             f"attention with dropout={dropout} draws what is left out, got key=None expected a "
             "JAX key: pass key=jax.random.key(...), another one at each step."
         )
+
+
+def _both_sides(window):
+    """How many keys a query sees to its left and to its right, or None."""
+    if window is None:
+        return None
+    sides = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in sides):
+        raise ValueError(
+            "window is how many keys a query sees to its left and right, got "
+            f"{window!r} expected two whole numbers from 0 on."
+        )
+    return tuple(map(int, sides))
 
 
 def _by_group(name, array, full, groups):
@@ -157,7 +166,5 @@ def _real(lengths, queries, keys, batch):
 
 def _seed(key, batch, heads):
     """A seed for each example and head of keys."""
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    keys = jax.random.split(key, batch * heads)
+    keys = jax.random.split(one_key("attention", key), batch * heads)
     return jax.random.key_data(keys).reshape(batch, heads, -1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fbprop.core.devices import at_lowering, in_words
 from fbprop.core.operation import Operation
-from fbprop.ops.arguments import floating
+from fbprop.ops.arguments import floating, one_key
 from fbprop.rules import register
 
 
@@ -36,7 +36,7 @@ def dropout(x, rate: float, key):
       As x.
 
     Raises:
-      TypeError: x is not floating.   ValueError: rate out of range, or no key.
+      TypeError: x is not floating.   ValueError: rate out of range, or not one key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -53,8 +53,7 @@ def dropout(x, rate: float, key):
     if key is None:
         raise ValueError("dropout draws what is left out, got key=None expected a JAX key: pass "
                          "key=jax.random.key(...), another one at each step.")
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    key = key if typed else jax.random.wrap_key_data(key)
+    key = one_key("dropout", key)
     return _dropout(x, jax.random.key_data(key), rate=float(rate), impl=jax.random.key_impl(key))
 
 

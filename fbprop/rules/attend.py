@@ -49,7 +49,7 @@ def plain(q, k, v, bias=None, mask=None, real=None, seed=None, *, form: Form):
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(wide).min)
     shares = jax.nn.softmax(scores)
-    if mask is not None or real is not None or form.window is not None:
+    if any(a is not None for a in (bias, mask, real, form.window)):
         shares = jnp.where(seen, shares, 0)  # of a query that sees nothing all would be the same
     y = jnp.einsum("bhts,bshe->bthe", shares.astype(v.dtype), repeated(v))
     return y.reshape(*q.shape[:4], v.shape[3])
@@ -59,6 +59,8 @@ def _seen_by_all(form, x):
     """Which keys queries see, broadcasts to [B, H, T, S]; None: all."""
     t, s = portable.count(x.q.shape[1])[:, None], portable.count(x.k.shape[1])
     seen = [] if x.mask is None else [_ungrouped(x.mask)]
+    if x.bias is not None:  # below what stands for a key that is not seen
+        seen.append(~jnp.isneginf(_ungrouped(x.bias)))
     if form.causal:
         seen.append(s <= t)
     if form.window is not None:
