@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import fbprop
 from fbprop.core import jaxcompat, scatter
+from fbprop.rules import indexing
 
 CHOICE = "rows sorted on NVIDIA GPUs"
 MODES = {"clip": lax.GatherScatterMode.CLIP, "drop": lax.GatherScatterMode.FILL_OR_DROP,
@@ -70,8 +71,8 @@ def test_one_element_of_each_row(mode, dtype):
     at = [[0, 3], [127, 1], [2, 127]]
     at = at if mode == "promise_in_bounds" else [[3, -1], [127, 0], [-9, 3]]
     indices = jnp.asarray(np.array(at)[..., None].astype(dtype))
-    assert scatter.is_one_each((3, 150, 2), indices, numbers)
-    assert not scatter.is_one_each((3, 150, 4), indices, numbers)
+    assert scatter.is_one_each((3, 150, 2), jax.typeof(indices), numbers)
+    assert not scatter.is_one_each((3, 150, 4), jax.typeof(indices), numbers)
     values, expected = draw(1, (3, 2)), np.zeros((3, 150, 2))
     for (i, j), column in np.ndenumerate(np.asarray(indices, np.int64)[..., 0]):
         column = np.clip(column, 0, 149) if mode == "clip" else column
@@ -79,6 +80,25 @@ def test_one_element_of_each_row(mode, dtype):
             expected[i, column, j] = values[i, j]
     got = scatter.one_each((3, 150, 2), indices, values, numbers, MODES[mode])
     np.testing.assert_array_equal(got, expected)
+
+
+def test_picking_of_logits_on_a_tpu(monkeypatch, x64):
+    x, labels = draw(2, (3, 4, 19)), jnp.array([[2, -1, 18, 0]] * 3)[..., None]
+    chosen = lambda mode, labels=labels: lambda x: jnp.sum(
+        jnp.sin(jnp.take_along_axis(jax.nn.log_softmax(x), labels, -1, mode=mode)))
+    gradient = lambda fun: jax.jit(fbprop.value_and_grad(fun)).trace(x)
+    text = lambda fun, platform: gradient(fun).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.gather" in text(chosen("clip"), "tpu")  # so few are not worth it
+    monkeypatch.setattr(indexing, "WRITTEN", 0)
+    anew = chosen("fill")
+    assert "stablehlo.gather" not in text(anew, "tpu")
+    assert "sum of what is picked" in str(fbprop.explain(anew, x, platform="tpu"))
+    monkeypatch.setattr(indexing, "at_lowering", lambda *xs, tpu, **_: tpu(*xs))
+    x = x[:, :, 1:]  # other shapes, which nothing remembers
+    for mode, at in ("clip", labels), ("fill", labels % 18), ("fill", labels):
+        fun = chosen(mode, at)
+        for got, expected in zip(fbprop.value_and_grad(fun)(x), jax.value_and_grad(fun)(x)):
+            np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-15)
 
 
 def test_no_rows(everywhere):

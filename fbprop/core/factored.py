@@ -280,7 +280,7 @@ class Rows(Factored):
         return self._added if large else self._apart
 
     def _is_one_each(self):
-        return is_one_each(self.shape, self.indices, self.numbers)
+        return is_one_each(self.shape, jax.typeof(self.indices), self.numbers)
 
     def _added(self, total, indices, values):
         return scatter_add(total, indices, values, self.numbers, self.options)

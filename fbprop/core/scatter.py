@@ -55,7 +55,11 @@ def are_whole_rows(table, values_shape, numbers, options) -> bool:
 
 
 def is_one_each(shape, indices, numbers) -> bool:
-    """Whether of each row along one axis one element is meant, as by `jnp.take_along_axis`."""
+    """Whether of each row along one axis one element is meant, as by `jnp.take_along_axis`.
+
+    Args:
+      shape: the table's; indices: their type.
+    """
     others = tuple(d for d in range(len(shape)) if d not in numbers.inserted_window_dims)
     return (
         not numbers.update_window_dims
@@ -63,7 +67,7 @@ def is_one_each(shape, indices, numbers) -> bool:
         and numbers.operand_batching_dims == others
         and numbers.scatter_indices_batching_dims == tuple(range(len(others)))
         and indices.size == math.prod(shape[d] for d in others)
-        and explicit_sharding(jax.typeof(indices)) is None
+        and explicit_sharding(indices) is None
     )
 
 
@@ -73,6 +77,24 @@ def one_each(shape, indices, values, numbers, mode):
     Where a GPU adds them to an array, that array has to be written first. ``gpt2_124m_step`` writes
     the logits' cotangent in bfloat16 alone then.
     """
+    meant, spread = _meant(shape, indices, numbers, mode)
+    return jnp.where(meant, spread(values), jnp.zeros((), values.dtype))
+
+
+def picked(x, indices, numbers, mode, fill):
+    """One element of each row, for `is_one_each`, as a sum: what x is made of is read.
+
+    ``fill`` stands for what is out of bounds, by default nan.
+    """
+    axis, = numbers.inserted_window_dims
+    meant, _ = _meant(x.shape, indices, numbers, mode)
+    total = jnp.sum(jnp.where(meant, x, jnp.zeros((), x.dtype)), axis)
+    fill = jnp.asarray(jnp.nan if fill is None else fill, x.dtype)
+    return jnp.where(jnp.any(meant, axis), total, fill)
+
+
+def _meant(shape, indices, numbers, mode):
+    """Where the elements of `is_one_each` are; and how one number a row becomes an array."""
     axis, = numbers.inserted_window_dims
     if indices.dtype.itemsize < 4:  # it has to count up to the axis' size
         indices = indices.astype(jnp.int32)
@@ -80,8 +102,7 @@ def one_each(shape, indices, values, numbers, mode):
         indices = lax.clamp(indices.dtype.type(0), indices, indices.dtype.type(shape[axis] - 1))
     one = tuple(1 if d == axis else s for d, s in enumerate(shape))
     spread = lambda x: lax.broadcast_in_dim(lax.reshape(x, one), shape, range(len(shape)))
-    meant = lax.broadcasted_iota(indices.dtype, shape, axis) == spread(indices)
-    return jnp.where(meant, spread(values), jnp.zeros((), values.dtype))
+    return lax.broadcasted_iota(indices.dtype, shape, axis) == spread(indices), spread
 
 
 def scatter_add(total, indices, values, numbers, options):

@@ -13,10 +13,14 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core import jaxcompat as jc
 from fbprop.core import scatter
-from fbprop.core.devices import in_words
+from fbprop.core.devices import at_lowering, in_words
 from fbprop.core.factored import Rows
 from fbprop.core.rule import Pair, Rule, Step, pair
+
+# Bytes from which on XLA for a TPU is not to write log-probabilities for a few of them.
+WRITTEN = 2**24
 
 
 def _window_sizes(dims, operand_shape, updates_shape):
@@ -63,8 +67,33 @@ class Gather(Pair):
 
     def formulation(self, site):
         (x, indices), (y,) = site.in_avals, site.out_avals
+        if site.platform == "tpu" and _picks_of_many(site):
+            return "a sum of what is picked"
         form = scatter.formulation(x, indices.shape, y.shape, *_transposed(site.params))
         return form and in_words(site.platform, form, "cuda")
+
+    def prepare(self, site):
+        step, (y,) = super().prepare(site), site.out_avals
+        if not _picks_of_many(site):
+            return step
+        numbers, options = _transposed(site.params)
+
+        def on_tpu(x, indices):
+            fill = site.params["fill_value"]
+            return [scatter.picked(x, indices, numbers, options["mode"], fill).reshape(y.shape)]
+
+        def forward(x, indices):
+            as_it_stands = lambda *xs: jc.bind(site.eqn, [*xs])
+            return at_lowering(x, indices, default=as_it_stands, tpu=on_tpu), ()
+
+        return step._replace(forward=forward)
+
+
+def _picks_of_many(site):
+    """Whether labels pick of logits so large that a TPU should not write them for that."""
+    x, indices = site.in_avals
+    numbers, _ = _transposed(site.params)
+    return jc.nbytes(x) >= WRITTEN and scatter.is_one_each(x.shape, indices, numbers)
 
 
 def _gather(site, kept, dy):
