@@ -93,6 +93,22 @@ def test_gradient_is_that_of_jax(x64, name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_ranks_are_promoted_in_layers_where_the_user_does_not_want_them_to_be(x64, name):
+    """The setting is about the user's arrays; in `apply` the layers' own broadcast."""
+    net, shape = NETWORKS[name](jnp.float64)
+    x = example(shape, jnp.float64)
+
+    def gradient():
+        return fbprop.grad(logits_of(net, x))(net.init(KEY, x), net.init_state(x))
+
+    with jax.numpy_rank_promotion("raise"):
+        of = jax.eval_shape(gradient)
+        with pytest.raises(ValueError, match="rank_promotion"):
+            jnp.ones((2, 3)) + jnp.ones(3)
+    assert jax.tree.structure(of) == jax.tree.structure(jax.eval_shape(net.init, KEY, x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_stays_bfloat16(name):
     net, shape = NETWORKS[name](jnp.bfloat16)
     x = example(shape, jnp.bfloat16)

@@ -105,6 +105,24 @@ def test_statistics_are_exact_far_from_zero():
     np.testing.assert_allclose(ops.layer_norm(x), ops.layer_norm(x - 1e4), atol=3e-3)
 
 
+OWN_BROADCASTING = {
+    "batch_norm": lambda x: ops.batch_norm(x, jnp.ones(4), jnp.ones(4))[0],
+    "layer_norm": lambda x: ops.layer_norm(x, jnp.ones(4), jnp.ones(4)),
+    "dense": lambda x: ops.dense(x, jnp.ones((4, 3)), jnp.ones(3), activation="gelu"),
+    "padded attention": lambda x: ops.attention(x, x, x, lengths=jnp.array([1, 2])),
+    "attention": lambda x: ops.attention(x, x, x, bias=jnp.ones((2, 2)), causal=True, window=1),
+    "rotary": lambda x: ops.rotary(x, jnp.arange(2)),
+}
+
+
+@pytest.mark.parametrize("name", OWN_BROADCASTING)
+def test_ranks_are_promoted_within_operations(name):
+    loss = lambda x: jnp.sum(OWN_BROADCASTING[name](x))
+    with jax.numpy_rank_promotion("raise"):
+        for ad in (fbprop, jax):
+            assert jax.eval_shape(ad.grad(loss), jnp.ones((2, 2, 3, 4))).shape == (2, 2, 3, 4)
+
+
 def test_losses_at_the_ends():
     """Logits of 1e4, ±inf, float16, labels outside, no examples; the same under both."""
     inf, nan = float("inf"), float("nan")

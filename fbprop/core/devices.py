@@ -8,6 +8,8 @@ whose batch is shared by 8 devices it takes 6 times the bytes sent (`tests/test_
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,21 +104,28 @@ def at_lowering(*operands, default, **forms):
       default: a function of them that returns a list of arrays.
       **forms: by platform, functions of the same that return the same types.
     """
-    return at_lowering_p.bind(*operands, default=default, forms=tuple(sorted(forms.items())))
+    ours = {name: functools.partial(_ours, form) for name, form in sorted(forms.items())}
+    return at_lowering_p.bind(
+        *operands, default=functools.partial(_ours, default), forms=tuple(ours.items()))
+
+
+def _ours(form, *xs):
+    """Whenever it is traced: equations are made again where nothing of ours is on the stack."""
+    with own_broadcasting():
+        return list(form(*xs))
 
 
 def _lowering(platform):
     def lower(ctx, *xs, default, forms):
         form = dict(forms).get(platform, default)
         chosen = form if jc.is_for_one_device(ctx) else default
-        with own_broadcasting():
-            return mlir.lower_fun(lambda *ys: list(chosen(*ys)), multiple_results=True)(ctx, *xs)
+        return mlir.lower_fun(chosen, multiple_results=True)(ctx, *xs)
 
     return lower
 
 
 def _types(*avals, default, forms):
-    return jc.out_avals(jax.make_jaxpr(lambda *xs: list(default(*xs)))(*avals))
+    return jc.out_avals(jax.make_jaxpr(default)(*avals))
 
 
 def _jvp(primals, tangents, *, default, forms):
@@ -124,13 +133,13 @@ def _jvp(primals, tangents, *, default, forms):
 
     def moved(*values):
         at = dict(zip(moving, values))
-        return list(default(*(at.get(i, x) for i, x in enumerate(primals))))
+        return default(*(at.get(i, x) for i, x in enumerate(primals)))
 
     return jax.jvp(moved, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
 def _batch(args, dims, *, default, forms):
-    mapped = lambda f: lambda *xs: jax.vmap(lambda *ys: list(f(*ys)), in_axes=tuple(dims))(*xs)
+    mapped = lambda f: jax.vmap(f, in_axes=tuple(dims))
     outs = at_lowering(*args, default=mapped(default), **{k: mapped(f) for k, f in forms})
     return outs, [0] * len(outs)
 
@@ -142,7 +151,7 @@ at_lowering_p.multiple_results = True
 @at_lowering_p.def_impl
 def _compiled(*xs, **params):
     if jax.config.jax_disable_jit:  # nothing is lowered
-        return list(params["default"](*xs))
+        return params["default"](*xs)
     return jax.jit(lambda *ys: at_lowering_p.bind(*ys, **params))(*xs)
 
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 import jax
 
+from fbprop.core.devices import own_broadcasting
 from fbprop.nn.shapes import without_padding
 
 _watcher: ContextVar[Callable | None] = ContextVar("watcher", default=None)
@@ -126,7 +127,8 @@ class Layer:
             )
         offered = {"key": key, "train": train, "state": state, "lengths": lengths}
         with jax.named_scope(self.name), _watched(self.name) as note, _real(x, lengths) as x:
-            out = self._apply(params, x, **{name: offered[name] for name in self._takes})
+            with own_broadcasting():
+                out = self._apply(params, x, **{name: offered[name] for name in self._takes})
             y, new = out if self.stateful else (out, state)
             note(y)
         return y if state is None else (y, new)

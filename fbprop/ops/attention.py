@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fbprop.core.devices import own_broadcasting
 from fbprop.ops.arguments import one_key
 from fbprop.rules.attend import attend, plain
 from fbprop.rules.attention import ROWS, Form
@@ -77,7 +78,8 @@ def attention(q, k, v, *, causal: bool = False, mask=None, bias=None,
     form = Form(scale, bool(causal), window, float(dropout))
     short = max(steps, k.shape[1]) <= ROWS and not dropout
     grouped = q.reshape(batch, steps, k.shape[2], groups, size)
-    y = (plain if short else attend)(grouped, k, v, bias, mask, real, seed, form=form)
+    with own_broadcasting():
+        y = (plain if short else attend)(grouped, k, v, bias, mask, real, seed, form=form)
     return y.reshape(batch, steps, heads, v.shape[3])
 
 

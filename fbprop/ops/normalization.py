@@ -15,7 +15,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from fbprop.core.devices import at_lowering, in_words
+from fbprop.core.devices import at_lowering, in_words, own_broadcasting
 from fbprop.core.opaque import held, made_of
 from fbprop.core.operation import Operation
 from fbprop.core.precision import at_least_float32
@@ -148,7 +148,8 @@ def batch_norm(x, scale=None, bias=None, *, epsilon: float = 1e-5):
     y, mean, variance = normalize.everything(
         x, scale, bias, axes=tuple(range(x.ndim - 1)), epsilon=float(epsilon), centred=True,
         features=1)
-    y = made_of(y, _standardised(x, scale, bias, mean, variance, float(epsilon)))
+    with own_broadcasting():
+        y = made_of(y, _standardised(x, scale, bias, mean, variance, float(epsilon)))
     return y, mean.reshape(-1), variance.reshape(-1)
 
 
