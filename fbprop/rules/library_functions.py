@@ -84,7 +84,8 @@ def _masked_softmax(out, axis):
 
 def _once_on_tpu(total):
     """Sums of rows, which XLA for TPUs otherwise takes anew in each product that reads the slope:
-    ``vit_step`` takes 1.00 of the memory and moves 1.00 of the bytes so, else 1.06 and 1.07.
+    ``vit_step`` takes 1.00 of the memory and moves 1.00 of the bytes so, else 1.06 and 1.07; with
+    one layer, by log-softmax's, ``gpt_step`` 0.08 and 0.83, else 1.02 and 1.06.
     """
     apart = lambda x: [lax.optimization_barrier(x)]
     return at_lowering(total, default=lambda x: [x], tpu=apart)[0]
@@ -214,9 +215,9 @@ class LogSoftmax(Rule):
         axis = site.params["axis"]
 
         def forward(x):
-            # Also of no elements. Again in what reads it, gpt_step moves 1.06 on a TPU, else 0.89.
+            # Also of no elements.
             top = _once_on_tpu(jnp.max(x, axis, keepdims=True, initial=-jnp.inf))
-            total = jnp.sum(jnp.exp(x - top), axis, keepdims=True)
+            total = _once_on_tpu(jnp.sum(jnp.exp(x - top), axis, keepdims=True))
             return [x - top - jnp.log(total)], (top, total)
 
         def backward(kept, extra, douts):
