@@ -11,7 +11,8 @@ and of the CPU's rows (ratios to `jax.grad`):
   moves 0.94 so, by the CPUs' way 0.97, and 1.17 if the barrier waits for the cotangent, too, which
   then has to be written.
 * TPUs: the one computed before. There XLA computes again by itself what fits into what reads it:
-  ``vit_step`` takes 1.16 of the memory so, 1.28 behind a barrier, 2.70 behind the truth.
+  ``vit_step`` takes 1.00 of the memory so; when it took 1.16, it did 1.28 behind a barrier and
+  2.70 behind the truth.
 * CPUs: again, behind a truth that XLA cannot see; its compiler for CPUs removes barriers
   (jaxlib 0.10).
 * In a program for several devices: the one computed before. A truth would have to be sent to all of
