@@ -103,3 +103,16 @@ def test_standardize_where_rounding_leaves_no_variance():
     np.testing.assert_allclose(got, exact, rtol=1e-5)
     # JAX's is a difference of numbers 4096 times as large.
     np.testing.assert_allclose(theirs, exact, rtol=4096 * 2**-23)
+
+
+def test_a_powers_slope_in_its_base_has_one_in_an_exponent_of_zero(x64):
+    """∂/∂n n xⁿ⁻¹ = 1 / x at n = 0; where that is not finite, 0 as the slope in x."""
+    x = jnp.array([4.0, 0.5, 3.0, 0.0, 1e-310])
+    n = jnp.array([0.0, 0.0, 2.0, 0.0, 0.0])
+    slope = fbprop.grad(lax.pow)
+    compute = jax.jit(jax.vmap(lambda x, n: (slope(x, n), fbprop.grad(slope, 1)(x, n))))
+    first, second = compute(x[:4], n[:4])
+    np.testing.assert_array_equal(first, [0, 0, 6, 0])
+    np.testing.assert_allclose(second[:3:2], [0.25, 3 + 6 * np.log(3)], rtol=1e-14)
+    assert second[3] == 0
+    assert slope(x[4], n[4]) == 0

@@ -42,8 +42,11 @@ def _pow_exponent(dy, x, out):
 
 def _pow_base(dy, x, n):
     """ȳ n xⁿ⁻¹, with 0 for n = 0 so that x = 0 gives 0 and not 0·∞."""
+    nothing = n == 0
+    if jnp.issubdtype(n.dtype, jnp.inexact):  # what moves has a slope there, 1 / x
+        nothing = nothing & ~jnp.isfinite(1 / x)
     n = lax.convert_element_type(n, x.dtype)
-    return jnp.where(n == 0, 0, dy * n * lax.pow(x, jnp.where(n == 0, 1, n - 1).astype(x.dtype)))
+    return jnp.where(nothing, 0, dy * n * lax.pow(jnp.where(nothing, 1, x), n - 1))
 
 
 def _integer_pow(dy, x, *, y):
