@@ -112,6 +112,7 @@ OWN_BROADCASTING = {
     "batch_norm": lambda x: ops.batch_norm(x, jnp.ones(4), jnp.ones(4))[0],
     "layer_norm": lambda x: ops.layer_norm(x, jnp.ones(4), jnp.ones(4)),
     "dense": lambda x: ops.dense(x, jnp.ones((4, 3)), jnp.ones(3), activation="gelu"),
+    "dense as it is": lambda x: ops.dense(x, jnp.ones((4, 3)), jnp.ones(3)),
     "padded attention": lambda x: ops.attention(x, x, x, lengths=jnp.array([1, 2])),
     "attention": lambda x: ops.attention(x, x, x, bias=jnp.ones((2, 2)), causal=True, window=1),
     "rotary": lambda x: ops.rotary(x, jnp.arange(2)),

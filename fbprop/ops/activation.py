@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fbprop.core.devices import own_broadcasting
 from fbprop.core.opaque import held
 from fbprop.core.operation import Operation
 from fbprop.core.precision import wide_dtype
@@ -181,7 +182,10 @@ _gate = Operation(
 
 def _before(x, w, bias):
     z = jnp.matmul(x, w, preferred_element_type=wide_dtype(x.dtype))
-    return z if bias is None else z + bias.astype(z.dtype)
+    if bias is None:
+        return z
+    with own_broadcasting():
+        return z + jnp.asarray(bias).astype(z.dtype)
 
 
 def _dense_reference(x, w, bias, *, name):
