@@ -71,12 +71,25 @@ def parse_mesh(text):
     return axes
 
 
+def parse_join(text):
+    """``"10.0.0.1:1234,2,0"`` as what `mesh.start` takes, ``"auto"`` as nothing."""
+    try:
+        coordinator, processes, process = text.split(",")
+        return coordinator, int(processes), int(process)
+    except ValueError:
+        if text == "auto":
+            return ()
+    raise argparse.ArgumentTypeError(
+        f"a process joins by address, how many there are, and its number, got {text!r} expected "
+        "e.g. 10.0.0.1:1234,2,0, or auto")
+
+
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mesh", type=parse_mesh, help="axes and sizes: data=4,model=2; default: "
                         "all devices along data")
     parser.add_argument("--devices", type=int, help="simulate so many CPUs")
-    parser.add_argument("--join", metavar="HOST:PORT,PROCESSES,PROCESS",
+    parser.add_argument("--join", type=parse_join, metavar="HOST:PORT,PROCESSES,PROCESS",
                         help="one of several processes; 'auto' under Slurm, on GKE and Cloud TPUs")
     parser.add_argument("--whole", action="store_true", help="parameters whole along data")
     parser.add_argument("--layers", type=int, default=4)
@@ -98,16 +111,9 @@ def parse_options():
     return options
 
 
-def join(text):
-    if text == "auto":
-        mesh.start()
-    elif text:
-        coordinator, processes, process = text.split(",")
-        mesh.start(coordinator, int(processes), int(process))
-
-
 def main(options):
-    join(options.join)
+    if options.join is not None:
+        mesh.start(*options.join)
     axes = options.mesh or {"data": jax.device_count()}
     if (size := math.prod(axes.values())) > jax.device_count():
         raise SystemExit(f"--mesh takes {size} devices, got {jax.device_count()}: --devices {size} "

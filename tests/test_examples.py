@@ -236,11 +236,12 @@ def test_scale_smoke():
 
 
 @pytest.mark.parametrize(("wrong", "match"), [
-    ("rows=8", "a mesh has axes data, model or both, got 'rows=8' expected e.g. data=4,model=2"),
-    ("data=99", "--mesh takes 99 devices, got 8: --devices 99 simulates them"),
+    ("--mesh=rows=8", "a mesh has axes data, model or both, got 'rows=8' expected e.g. data=4,mo"),
+    ("--mesh=data=99", "--mesh takes 99 devices, got 8: --devices 99 simulates them"),
+    ("--join=10.0.0.1:1,2", "its number, got '10.0.0.1:1,2' expected e.g. 10.0.0.1:1234,2,0, or a"),
 ])
-def test_scale_says_what_a_mesh_is(wrong, match):
-    result = run(EXAMPLES / "scale.py", "--mesh", wrong)
+def test_scale_says_what_it_takes(wrong, match):
+    result = run(EXAMPLES / "scale.py", wrong)
     assert result.returncode != 0
     assert match in result.stderr
 

@@ -16,7 +16,8 @@ def feed(batch, mesh, layout: Layout | None = None) -> Any:
     """A batch split over the devices of a mesh, as `fbprop.train.step` takes it.
 
     With several processes, each hands over its own part of the batch: the examples for its own
-    devices, in the order of the mesh. `fbprop.train.fit` calls it.
+    devices, in the order of the mesh, as many for each device as in the other processes, which
+    nobody checks. `fbprop.train.fit` calls it.
 
     Args:
       batch: a pytree of arrays with the examples along their first axis; numbers go everywhere.

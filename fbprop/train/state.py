@@ -49,7 +49,7 @@ def init(params, optimizer, key: jax.Array | None = None, *, model_state=None,
       model_state: pytree of arrays that the loss receives and returns, or None; copied as well.
       loss_scale: `fbprop.train.loss_scale` for float16; None: the loss is not scaled.
       mesh: a `jax.sharding.Mesh` to lay the state out on; None: the default device. Its axes count
-        as Auto, whatever their type.
+        as Auto, whatever their type, also where it is set (`jax.set_mesh`).
       layout: where on it, see `fbprop.mesh.layout`; None: `fbprop.mesh.replicated`. The
         optimiser's state lies with its parameters; all else is whole on every device.
       learning: memory of the learning rule that `step` is given, from its ``init(key, loss, params,
