@@ -41,7 +41,7 @@ def same(a, b, rtol=1e-6):
 
 @pytest.mark.parametrize("argnums", [0, 1, -1, (0, 1), (1, 0), [0], (-2,)])
 def test_argnums(params, argnums):
-    same(fbprop.grad(network, argnums)(params, X), jax.grad(network, argnums)(params, X))
+    same(fbprop.grad(network, argnums)(params, X), jax.jit(jax.grad(network, argnums))(params, X))
 
 
 def test_aux_and_keyword_arguments(params):
@@ -53,7 +53,7 @@ def test_aux_and_keyword_arguments(params):
     same(aux["h"], X * 2)
     gradient_, aux_ = fbprop.grad(fun, has_aux=True)(params, x=X)
     same(gradient, gradient_)
-    same(gradient, jax.grad(network)(params, X))
+    same(gradient, jax.jit(jax.grad(network))(params, X))
     assert aux["name"] == aux_["name"] == "aux"
 
 
@@ -121,7 +121,7 @@ def test_gradients_of_gradients(params):
     def norm(gradient):
         return lambda p: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(network)(p, X)))
 
-    expected = jax.grad(norm(jax.grad))(params)
+    expected = jax.jit(jax.grad(norm(jax.grad)))(params)
     for outer, inner in [
         (fbprop.grad, fbprop.grad),
         (jax.grad, fbprop.grad),
@@ -137,8 +137,8 @@ def test_forward_mode_over_reverse():
     f = lambda x: jnp.sum(jnp.tanh(x) ** 3)
     v = jnp.ones_like(X)
     same(jax.jvp(fbprop.grad(f), (X,), (v,)), jax.jvp(jax.grad(f), (X,), (v,)))
-    same(jax.jacfwd(fbprop.grad(f))(X), jax.hessian(f)(X))
-    same(jax.hessian(lambda x: fbprop.vjp(f, x)[0])(X), jax.hessian(f)(X))
+    same(jax.jit(jax.jacfwd(fbprop.grad(f)))(X), jax.jit(jax.hessian(f))(X))
+    same(jax.jit(jax.hessian(lambda x: fbprop.vjp(f, x)[0]))(X), jax.jit(jax.hessian(f))(X))
 
 
 def test_closed_over_tracers():
@@ -149,8 +149,8 @@ def test_closed_over_tracers():
         return fun
 
     w = 0.7
-    expected = jax.grad(outer(jax.grad))(w, X)
-    same(jax.grad(outer(fbprop.grad))(w, X), expected)
+    expected = jax.jit(jax.grad(outer(jax.grad)))(w, X)
+    same(jax.jit(jax.grad(outer(fbprop.grad)))(w, X), expected)
     same(fbprop.grad(outer(fbprop.grad))(w, X), expected)
     same(jax.jit(fbprop.grad(outer(fbprop.grad)))(w, X), expected)
     same(

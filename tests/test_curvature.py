@@ -47,7 +47,7 @@ def exact_ggn(params, x, loss, *y):
     outputs = lambda flat: network(unflat(flat), x)
     jacobian = jax.jacobian(outputs)(flat).reshape(-1, flat.size)
     of_outputs = lambda o: loss(o.reshape(B, -1), *y)
-    hessian = jax.hessian(of_outputs)(outputs(flat).reshape(-1))
+    hessian = jax.jit(jax.hessian(of_outputs))(outputs(flat).reshape(-1))
     return jacobian.T @ hessian @ jacobian
 
 
@@ -123,7 +123,7 @@ def test_factors_of_a_weight_shared_over_time(mode):
 
 def gradient_and_factors(loss, *args):
     return jax.jit(lambda *args: (
-        jax.grad(loss)(*args).reshape(-1), curvature.fisher(loss, "kronecker")(*args)
+        jax.jit(jax.grad(loss))(*args).reshape(-1), curvature.fisher(loss, "kronecker")(*args)
     ))(*args)
 
 
@@ -180,7 +180,7 @@ def test_products_and_what_they_tell():
     flat, unflat = ravel_pytree(params)
     v = normal(6, flat.size)
     hessian, ggn = jax.jit(lambda flat: (
-        jax.hessian(lambda flat: loss(unflat(flat), x, y))(flat),
+        jax.jit(jax.hessian(lambda flat: loss(unflat(flat), x, y)))(flat),
         exact_ggn(unflat(flat), x, cross_entropy, y),
     ))(flat)
 

@@ -138,7 +138,7 @@ def test_in_epochs_and_fit_and_of_frozen_parameters():
     after, _ = train.step(loss, frozen)(begin(frozen), batch)
     assert len(jax.tree.leaves(before.opt_state[0].factors)) == 2  # w's A and G
     np.testing.assert_array_equal(after.params["b"], PARAMS["b"])
-    gradient = jax.grad(loss)(PARAMS, batch, None)["w"]
+    gradient = jax.jit(jax.grad(loss))(PARAMS, batch, None)["w"]
     expected = PARAMS["w"] - 0.1 * first["w"].inverse(0.1).times(gradient)
     np.testing.assert_allclose(after.params["w"], expected, rtol=1e-5)
 
@@ -157,7 +157,7 @@ def test_one_undamped_step_solves_least_squares():
     linear = lambda w, x: x @ w
     factors = jax.jit(curvature.ggn(linear, squared, "kronecker"))(w, X, y)
     optimizer = optim.kfac(1.0, factors, damping=0.0, clip=None)
-    gradient = jax.grad(lambda w: squared(linear(w, X), y))(w)
+    gradient = jax.jit(jax.grad(lambda w: squared(linear(w, X), y)))(w)
     updates, _ = optimizer.update(gradient, optimizer.init(w), w)
     np.testing.assert_allclose(updates, np.linalg.lstsq(X, y)[0], rtol=1e-4)
 

@@ -227,7 +227,7 @@ def test_on_several_devices(mode):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(mode,))
     p, x = operands(8)
     f = functools.partial(loss, normalised)
-    expected = jax.grad(f, (0, 1))(p, x)
+    expected = jax.jit(jax.grad(f, (0, 1)))(p, x)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
         got = jax.jit(fbprop.grad(f, (0, 1)))(p, sharded)
@@ -244,7 +244,7 @@ def test_inside_shard_map():
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     got = jax.jit(fbprop.grad(mapped, (0, 1)))(p, x)
-    expected = jax.grad(functools.partial(loss, called), (0, 1))(p, x)
+    expected = jax.jit(jax.grad(functools.partial(loss, called), (0, 1)))(p, x)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=1e-5, atol=1e-6)
 
 

@@ -51,7 +51,7 @@ def examples(n, dtype=jnp.float32):
 def curve_by_jax(optimizer, params, batch, steps=10):
     state, losses = optimizer.init(params), []
     for _ in range(steps):
-        value, grads = jax.value_and_grad(loss)(params, batch, None)
+        value, grads = jax.jit(jax.value_and_grad(loss))(params, batch, None)
         updates, state = optimizer.update(grads, state, params)
         params = optim.apply_updates(params, updates)
         losses.append(value)

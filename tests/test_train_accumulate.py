@@ -60,7 +60,7 @@ def test_the_weighted_gradient_is_that_of_the_mean_over_tokens():
 
     optimizer = optim.sgd(1.0)
     state, metrics = train.step(token_loss, optimizer)(train.init(params(), optimizer), batch())
-    value, grads = jax.value_and_grad(mean)(params())
+    value, grads = jax.jit(jax.value_and_grad(mean))(params())
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     moved = jax.tree.map(lambda old, new: old - new, params(), state.params)
     chex.assert_trees_all_close(moved, grads, rtol=1e-5, atol=1e-6)

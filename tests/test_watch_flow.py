@@ -104,7 +104,7 @@ def test_statistics_of_values_and_cotangents(wrap, x64):
     seen["cos"] = h = jnp.cos(h)
     seen["third/sin"] = h = jnp.sin(h @ p["v"])
     seen["reduce_sum"] = jnp.sum(h ** 2)
-    cotangents = jax.grad(values, 1)(p, jax.tree.map(jnp.zeros_like, seen))
+    cotangents = jax.jit(jax.grad(values, 1))(p, jax.tree.map(jnp.zeros_like, seen))
     rows = by_name(report)
     assert set(rows) == {*seen, "exp"}
     for name, array in seen.items():
@@ -120,7 +120,8 @@ def test_statistics_of_values_and_cotangents(wrap, x64):
 def test_a_loop_is_seen_step_by_step(x64):
     p, xs = {"w": normal(0, 3, 3)}, normal(1, 4, 3)
     (value, gradient), report = jax.jit(watch.value_and_grad(recurrent))(p, xs)
-    expected, (by_p, by_at) = jax.value_and_grad(written_out, (0, 2))(p, xs, jnp.zeros((4, 3)))
+    plain = jax.jit(jax.value_and_grad(written_out, (0, 2)))
+    expected, (by_p, by_at) = plain(p, xs, jnp.zeros((4, 3)))
     assert_trees_equal((value, gradient), (expected, by_p), **CLOSE)
     row = by_name(report)["loop/cell/add"]
     assert row["steps"] == [4]
@@ -142,7 +143,7 @@ def test_loops_in_loops_and_branches_in_loops(x64):
 
     xs = jnp.array([[1.0, -1.0, 2.0], [-3.0, 1.0, -1.0]])
     (_, gradient), report = watch.value_and_grad(loss, of=[watch.norm])(normal(0, 3), xs)
-    np.testing.assert_allclose(gradient, jax.grad(loss)(normal(0, 3), xs), **CLOSE)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(loss))(normal(0, 3), xs), **CLOSE)
     rows = by_name(report)
     assert rows["sin"]["steps"] == [2, 3]
     for name, taken in (("sin", xs > 0), ("exp", xs <= 0)):
@@ -187,7 +188,7 @@ def test_inside_shard_map(tracked):
         return lax.pmean(jnp.mean(jnp.tanh(x @ w) ** 2), "batch")
 
     (_, gradient), report = jax.jit(watch.value_and_grad(loss, where="*tanh"))(w, x)
-    np.testing.assert_allclose(gradient, jax.grad(loss)(w, x), rtol=1e-5)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(loss))(w, x), rtol=1e-5)
     (row,) = report.rows()
     assert (row["steps"], row["type"]) == ([8], "float32[2,4]")
     parts = np.split(np.tanh(x @ w), 8)
