@@ -7,7 +7,7 @@ import jaxlib
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fbprop
@@ -74,12 +74,16 @@ def test_one_element_of_each_row(mode, dtype):
     assert scatter.is_one_each((3, 150, 2), jax.typeof(indices), numbers)
     assert not scatter.is_one_each((3, 150, 4), jax.typeof(indices), numbers)
     values, expected = draw(1, (3, 2)), np.zeros((3, 150, 2))
+    table, picked = draw(2, (3, 150, 2)), np.full((3, 2), np.nan)
     for (i, j), column in np.ndenumerate(np.asarray(indices, np.int64)[..., 0]):
         column = np.clip(column, 0, 149) if mode == "clip" else column
         if 0 <= column < 150:
             expected[i, column, j] = values[i, j]
+            picked[i, j] = table[i, column, j]
     got = scatter.one_each((3, 150, 2), indices, values, numbers, MODES[mode])
     np.testing.assert_array_equal(got, expected)
+    got = scatter.picked(table, indices, numbers, MODES[mode], None)
+    np.testing.assert_array_equal(got, picked)
 
 
 def test_picking_of_logits_on_a_tpu(monkeypatch, x64):
@@ -93,6 +97,12 @@ def test_picking_of_logits_on_a_tpu(monkeypatch, x64):
     anew = chosen("fill")
     assert "stablehlo.gather" not in text(anew, "tpu")
     assert "sum of what is picked" in str(fbprop.explain(anew, x, platform="tpu"))
+    over = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    laid_out = jax.device_put(x, NamedSharding(over, P(None, "data")))
+    several = jax.jit(fbprop.grad(chosen("fill"))).trace(laid_out)
+    for platform in ("tpu", "cpu"):
+        lowered = several.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.gather" in lowered) == (platform == "cpu")
     monkeypatch.setattr(indexing, "at_lowering", lambda *xs, tpu, **_: tpu(*xs))
     x = x[:, :, 1:]  # another shape, which nothing remembers
     funs = [chosen(mode, at) for mode, at in (("clip", labels), ("fill", labels % 18),

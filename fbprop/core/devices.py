@@ -92,7 +92,7 @@ for platform in PLATFORMS:
     mlir.register_lowering(on_one_device_p, _said(platform), platform=platform)
 
 
-def at_lowering(*operands, default, **forms):
+def at_lowering(*operands, default, several=(), **forms):
     """``default(*operands)``, by another form where a program for one device of a platform is made.
 
     Where `by_platform` traces every form, and differentiates it, this traces a form when a program
@@ -102,11 +102,13 @@ def at_lowering(*operands, default, **forms):
     Args:
       *operands: arrays.
       default: a function of them that returns a list of arrays.
+      several: platforms whose form programs for several of its devices have, too.
       **forms: by platform, functions of the same that return the same types.
     """
     ours = {name: functools.partial(_ours, form) for name, form in sorted(forms.items())}
     return at_lowering_p.bind(
-        *operands, default=functools.partial(_ours, default), forms=tuple(ours.items()))
+        *operands, default=functools.partial(_ours, default), several=several,
+        forms=tuple(ours.items()))
 
 
 def _ours(form, *xs):
@@ -116,19 +118,19 @@ def _ours(form, *xs):
 
 
 def _lowering(platform):
-    def lower(ctx, *xs, default, forms):
+    def lower(ctx, *xs, default, several, forms):
         form = dict(forms).get(platform, default)
-        chosen = form if jc.is_for_one_device(ctx) else default
+        chosen = form if platform in several or jc.is_for_one_device(ctx) else default
         return mlir.lower_fun(chosen, multiple_results=True)(ctx, *xs)
 
     return lower
 
 
-def _types(*avals, default, forms):
+def _types(*avals, default, several, forms):
     return jc.out_avals(jax.make_jaxpr(default)(*avals))
 
 
-def _jvp(primals, tangents, *, default, forms):
+def _jvp(primals, tangents, *, default, several, forms):
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
     def moved(*values):
@@ -138,9 +140,10 @@ def _jvp(primals, tangents, *, default, forms):
     return jax.jvp(moved, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
-def _batch(args, dims, *, default, forms):
+def _batch(args, dims, *, default, several, forms):
     mapped = lambda f: jax.vmap(f, in_axes=tuple(dims))
-    outs = at_lowering(*args, default=mapped(default), **{k: mapped(f) for k, f in forms})
+    forms = {name: mapped(form) for name, form in forms}
+    outs = at_lowering(*args, default=mapped(default), several=several, **forms)
     return outs, [0] * len(outs)
 
 

@@ -89,20 +89,26 @@ def picked(x, indices, numbers, mode, fill):
     axis, = numbers.inserted_window_dims
     meant, _ = _meant(x.shape, indices, numbers, mode)
     total = jnp.sum(jnp.where(meant, x, jnp.zeros((), x.dtype)), axis)
-    fill = jnp.asarray(jnp.nan if fill is None else fill, x.dtype)
-    return jnp.where(jnp.any(meant, axis), total, fill)
+    if mode == lax.GatherScatterMode.CLIP:
+        return total
+    at, fill = _counting(indices).reshape(total.shape), jnp.nan if fill is None else fill
+    inside = (at >= 0) & (at <= x.shape[axis] - 1)  # devices have nothing to ask of each other
+    return jnp.where(inside, total, jnp.asarray(fill, x.dtype))
 
 
 def _meant(shape, indices, numbers, mode):
     """Where the elements of `is_one_each` are; and how one number a row becomes an array."""
-    axis, = numbers.inserted_window_dims
-    if indices.dtype.itemsize < 4:  # it has to count up to the axis' size
-        indices = indices.astype(jnp.int32)
+    (axis,), indices = numbers.inserted_window_dims, _counting(indices)
     if mode == lax.GatherScatterMode.CLIP:
         indices = lax.clamp(indices.dtype.type(0), indices, indices.dtype.type(shape[axis] - 1))
     one = tuple(1 if d == axis else s for d, s in enumerate(shape))
     spread = lambda x: lax.broadcast_in_dim(lax.reshape(x, one), shape, range(len(shape)))
     return lax.broadcasted_iota(indices.dtype, shape, axis) == spread(indices), spread
+
+
+def _counting(indices):
+    """In a type that counts up to an axis' size."""
+    return indices if indices.dtype.itemsize >= 4 else indices.astype(jnp.int32)
 
 
 def scatter_add(total, indices, values, numbers, options):

@@ -87,7 +87,8 @@ class Gather(Pair):
             as_it_stands = lambda *xs: jc.bind(site.eqn, [*xs])
             if not isinstance(x, jax.core.Tracer):  # it is written already
                 return as_it_stands(x, indices), ()
-            return at_lowering(x, indices, default=as_it_stands, tpu=on_tpu), ()
+            return at_lowering(
+                x, indices, default=as_it_stands, several=("tpu",), tpu=on_tpu), ()
 
         return step._replace(forward=forward)
 
