@@ -111,7 +111,7 @@ def test_errors():
         data.batches(7, 0)
     with pytest.raises(ValueError, match="got batch_size=3 expected 1 to 2"):
         data.iterate(np.arange(2), 3)
-    with pytest.raises(ValueError, match=r"got first axes of \[2, 3\] expected one length"):
+    with pytest.raises(ValueError, match=r"got lengths \[2, 3\] expected one length"):
         data.iterate((np.arange(2), np.arange(3)), 1)
 
 

@@ -352,9 +352,11 @@ ERRORS = {
     "patience alone": ("patience=2 without held_out", {"patience": 2}),
     "batch too large": ("got batch_size=25 expected 1 to 24", {"batch_size": 25}),
     "two lengths": (
-        r"got lengths \['2', '24'\] expected one length", {"data": DATA | {"z": np.ones(2)}}
+        r"got lengths \[2, 24\] expected one length: without batch_size, data is",
+        {"data": DATA | {"z": np.ones(2)}},
     ),
-    "no arrays": (r"got lengths \['None'\] expected one", {"data": lambda epoch: []}),
+    "no arrays": ("got function as data expected an array", {"data": lambda epoch: []}),
+    "numbers": (r"got int as data\[0\] expected an array of one dimension", {"data": [1, 2, 3]}),
     "arrays for batches": ("data is an iterable of batches, got dict", {"batch_size": None}),
     "held-out arrays for batches": (
         "held_out is an iterable of batches, got dict",

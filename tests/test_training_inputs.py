@@ -137,7 +137,8 @@ OPTIMISERS = {
         "got batch_size=0",
     ),
     "range test's data": (
-        lambda: optim.find_learning_rate(loss, START, {}), ValueError, r"got first axes \[\]"
+        lambda: optim.find_learning_rate(loss, START, {}), ValueError,
+        r"got lengths \[\] expected one length >= 1",
     ),
 }
 TRAINING = {
@@ -203,8 +204,11 @@ TRAINING = {
 }
 OF_DATA = {
     "half a batch": (lambda: data.batches(5, 2.5), ValueError, "got batch_size=2.5 expected 1 to"),
-    "lists": (lambda: data.iterate({"x": [1, 2]}, 2), ValueError, "first axes of .None. expected"),
-    "nothing": (lambda: data.iterate(None, 2), ValueError, r"first axes of \[\] expected"),
+    "lists": (
+        lambda: data.iterate({"x": [1, 2]}, 2), ValueError,
+        r"got int as data\['x'\]\[0\] expected an array",
+    ),
+    "nothing": (lambda: data.iterate(None, 2), ValueError, r"got lengths \[\] expected"),
     "prefetch": (lambda: data.prefetch(3), TypeError, "gone through one by one, got int"),
     "prefetch size": (lambda: data.prefetch([1], "a"), ValueError, "got size='a'"),
     "address": (lambda: data.download("abc", "x", sha256="a" * 64), ValueError, "got url='abc'"),

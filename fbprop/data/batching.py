@@ -63,15 +63,33 @@ def iterate(data: Any, batch_size: int, *, key: jax.Array | None = None,
       >>> [batch["x"].tolist() for batch in data.iterate({"x": np.arange(5)}, 2)]
       [[0, 1], [2, 3], [4]]
     """
-    counts = sorted({np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)})
-    counts = [n for first in counts for n in first or [None]]
-    if len(counts) != 1 or None in counts:
-        raise ValueError(
-            f"Arrays of a data set have one row per example, got first axes of {counts} expected "
-            "one length for all: arrays, not lists of numbers."
-        )
-    order = jax.device_get(_order(counts[0], batch_size, key))
+    order = jax.device_get(_order(count_examples("data", data), batch_size, key))
     return _gather(data, order, batch_size, drop_remainder)
+
+
+def count_examples(name, data, *, least=0, instead="") -> int:
+    """How many examples arrays hold; an error if they do not agree, or are not arrays.
+
+    Args:
+      least: how few there may be.
+      instead: what else the user may have meant, for the end of the sentence.
+    """
+    for path, leaf in jax.tree.leaves_with_path(data):
+        if not np.ndim(leaf):
+            kind = f"{leaf.dtype}[]" if hasattr(leaf, "dtype") else type(leaf).__name__
+            raise ValueError(
+                f"Arrays of {name} have the examples along their first axis, got {kind} as "
+                f"{name}{jax.tree_util.keystr(path)} expected an array of one dimension or "
+                f"more{instead}."
+            )
+    lengths = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(data)})
+    if len(lengths) != 1 or lengths[0] < least:
+        wanted = f"one length >= {least}" if least else "one length"
+        raise ValueError(
+            f"Arrays of {name} have the examples along their first axis, got lengths {lengths} "
+            f"expected {wanted}{instead}."
+        )
+    return lengths[0]
 
 
 def _gather(data, order, batch_size, drop_remainder):

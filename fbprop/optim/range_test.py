@@ -13,6 +13,7 @@ from jax import lax
 from jax.tree_util import tree_map
 
 from fbprop.core.table import Table
+from fbprop.data.batching import count_examples
 from fbprop.optim.arguments import check_count, passes
 from fbprop.optim.chain import apply_updates
 from fbprop.optim.objective import call_loss, mean_of
@@ -120,12 +121,7 @@ def _check(optimizer, data, batch_size, steps):
             f"A range test makes the optimiser for its rate, got {type(optimizer).__name__} "
             "expected a function from learning rate to optimiser: optim.adam, or a lambda."
         )
-    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(data)}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(
-            "Data are arrays with the examples along their first axis, got first axes "
-            f"{sorted(sizes)} expected one length >= 1."
-        )
+    count_examples("data", data, least=1)
 
 
 def _read(rates, losses) -> RangeTest:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_map
 
+from fbprop.data.batching import count_examples
 from fbprop.optim.arguments import check_count
 from fbprop.optim.objective import Weighted, number
 
@@ -107,7 +108,7 @@ def predict(apply: Callable, batch_size: int = 256) -> Callable:
 
 def _batch_by_batch(fun, data, batch_size):
     """``fun`` of every batch: results of the full ones, joined, and of a shorter last one."""
-    steps, left = divmod(_length(data), batch_size)
+    steps, left = divmod(count_examples("data", data, least=1), batch_size)
 
     def one(i):
         return fun(
@@ -127,7 +128,7 @@ def _batch_by_batch(fun, data, batch_size):
 def _totals(metric, params, more):
     """``batch -> metrics``, each as a `Weighted`."""
     def of(batch):
-        n = _length(batch)
+        n = count_examples("data", batch, least=1)
         return tree_map(lambda m: _total(m, n), metric(params, batch, *more), is_leaf=_is_weighted)
 
     return of
@@ -157,16 +158,6 @@ def _total(m, n) -> Weighted:
         )
     m = number(m)
     return Weighted(jnp.sum(m) if m.ndim else m * n, jnp.full((), n, m.dtype))
-
-def _length(data) -> int:
-    sizes = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(data)}
-    if len(sizes) != 1 or sizes == {0}:
-        raise ValueError(
-            "Data are arrays with the examples along their first axis, got lengths "
-            f"{sorted(sizes)} expected one length >= 1."
-        )
-    return sizes.pop()
-
 
 def _check_batch_size(batch_size):
     check_count("batch_size", batch_size)

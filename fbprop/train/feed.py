@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbprop.data.batching import batches
+from fbprop.data.batching import batches, count_examples
 from fbprop.data.prefetch import prefetch
 
 # Steps in a dispatch over arrays in memory: a call costs about 0.1 ms, so that more than these
@@ -20,6 +20,9 @@ from fbprop.data.prefetch import prefetch
 _MOST_STEPS = 100
 # No step's number (int32), so that shuffling shares no random numbers with any step.
 _SHUFFLING = 2**32 - 1
+
+# What the user may have meant, where arrays belong.
+INSTEAD = ": without batch_size, {} is an iterable of batches"
 
 
 class Position(NamedTuple):
@@ -73,7 +76,7 @@ class ArrayFeed:
     again = True  # whether a pass can be gone through once more
 
     def __init__(self, data, batch_size: int, key, most: int | None, every: int | None, mesh=None):
-        self.examples = count_examples("data", data)
+        self.examples = count_examples("data", data, instead=INSTEAD.format("data"))
         self.mesh, self.size = mesh, batch_size
         if mesh is None:
             self.data = _on_device(data)
@@ -194,18 +197,6 @@ def check_batches(name, data):
             "expected a list, a generator or a function of the pass's number: pass batch_size "
             "to have batches made of arrays."
         )
-
-
-def count_examples(name, data) -> int:
-    """How many examples arrays hold; an error if they do not agree."""
-    sizes = {np.shape(x)[0] if np.ndim(x) else None for x in jax.tree.leaves(data)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(
-            f"All arrays of {name} have the examples along their first axis, got lengths "
-            f"{sorted(map(str, sizes))} expected one length: without batch_size, {name} is an "
-            "iterable of batches instead."
-        )
-    return sizes.pop()
 
 
 def _after(position, seen, end):

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fbprop.data.batching import count_examples
 from fbprop.optim.arguments import check_count
 from fbprop.optim.chain import check_optimizer
 from fbprop.train.checkpoint import read_manifest, restore
 from fbprop.train.culprit import Steps, operation
 from fbprop.train.evaluate import evaluate, evaluate_batches
-from fbprop.train.feed import ArrayFeed, BatchFeed, Position, check_batches, count_examples
+from fbprop.train.feed import INSTEAD, ArrayFeed, BatchFeed, Position, check_batches
 from fbprop.train.log import Log
 from fbprop.train.placement import placement
 from fbprop.train.progress import Progress
@@ -243,7 +244,8 @@ def _held_out_metrics(metric, held_out, batch_size, feed):
         check_batches("held_out", held_out)
         run, data = evaluate_batches(named), held_out if feed is None else feed.each(held_out)
     else:
-        examples = count_examples("held_out", held_out)
+        examples = count_examples(
+            "held_out", held_out, instead=INSTEAD.format("held_out"))
         if feed is None:
             run, data = evaluate(named, batch_size), jax.device_put(held_out)
         else:

@@ -11,6 +11,7 @@ from jax.tree_util import tree_map
 
 from fbprop.core.factored import dense
 from fbprop.core.table import Table
+from fbprop.data.batching import count_examples
 from fbprop.learning.alignment import compared
 from fbprop.learning.method import Method
 from fbprop.optim.chain import apply_updates, check_optimizer, hold, is_freezing, with_extra
@@ -231,9 +232,4 @@ def _check_data(data, indices):
             f"indices are integers [steps, batch], got {jax.typeof(indices).str_short()}; "
             "expected e.g. jax.random.permutation(key, n)[:steps * batch].reshape(steps, batch)."
         )
-    sizes = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(data)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(
-            "All arrays of data have the examples along their first axis, got first axes "
-            f"{sorted(map(str, sizes))} expected one length."
-        )
+    count_examples("data", data)
