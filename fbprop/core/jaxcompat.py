@@ -17,6 +17,7 @@ import jax
 import jaxlib
 import numpy as np
 from jax._src import literals
+from jax.interpreters import ad
 
 
 @functools.cache
@@ -111,15 +112,11 @@ def is_of_another_package(primitive):
 
 def has_derivative(primitive):
     """Whether a derivative of a primitive is registered in JAX."""
-    from jax.interpreters import ad
-
     return primitive in ad.primitive_jvps
 
 
 def no_cotangent(aval):
     """The cotangent of a result of this type that `jax.vjp`'s pullback takes for a symbolic 0."""
-    from jax.interpreters import ad
-
     return ad.Zero(aval.to_tangent_aval())
 
 
