@@ -20,21 +20,18 @@ import threading
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 # Tests make millions of objects that live on in JAX's caches; to look through them all every 700
 # new ones takes a tenth of the time.
 gc.set_threshold(200_000, 50, 1000)
 
-if version("jax").startswith("0.10."):
-    # There every lowered program gets a new MLIR context, 3 of its 6 ms. JAX 0.12 takes one ten
-    # times, as here: a quarter of the time of test_nn_padding.py and test_scatter.py. An internal
-    # name, tested on 0.10.2.
-    from jax._src.interpreters import mlir
-
-    numbers = itertools.count()
-    new_context = mlir.make_ir_context
-    context = functools.lru_cache(4)(lambda thread, ten: new_context())
-    mlir.make_ir_context = lambda: context(threading.get_ident(), next(numbers) // 10)
+# On JAX 0.10 each lowered program gets an MLIR context of its own, 3 of its 6 ms; on 0.12 one in
+# ten does, in 9 ms; here one in a hundred. Internal names, tested on 0.10.2 and 0.12.0.1.
+numbers = itertools.count()
+new_context = getattr(mlir, "_create_ir_context", mlir.make_ir_context)
+context = functools.lru_cache(4)(lambda thread, hundred: new_context())
+mlir.make_ir_context = lambda: context(threading.get_ident(), next(numbers) // 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Also of the smallest programs: a fifth of all was compiled before, by this worker or the other.

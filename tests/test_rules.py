@@ -70,6 +70,7 @@ def floats(values):
     return tuple(v for v in values if v.dtype != FLOAT0 and jc.differentiable(jax.typeof(v)))
 
 
+@functools.lru_cache(16)
 def operands(case, seed=0):
     """(primals, a random cotangent) in float64."""
     primals = cast(map(rounded, map(np.asarray, case.values(seed))), "float64")
@@ -236,6 +237,7 @@ def test_special_points(case, x64):
             np.testing.assert_array_equal(got[i], np.broadcast_to(value, got[i].shape))
 
 
+@functools.lru_cache(8)
 def pullback_type(case):
     """The pullback with types for arrays: what is kept, and the static plan."""
     primals, _ = operands(case)
