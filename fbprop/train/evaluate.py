@@ -159,5 +159,6 @@ def _total(m, n) -> Weighted:
     m = number(m)
     return Weighted(jnp.sum(m) if m.ndim else m * n, jnp.full((), n, m.dtype))
 
+
 def _check_batch_size(batch_size):
     check_count("batch_size", batch_size)

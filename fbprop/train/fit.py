@@ -244,8 +244,7 @@ def _held_out_metrics(metric, held_out, batch_size, feed):
         check_batches("held_out", held_out)
         run, data = evaluate_batches(named), held_out if feed is None else feed.each(held_out)
     else:
-        examples = count_examples(
-            "held_out", held_out, instead=INSTEAD.format("held_out"))
+        examples = count_examples("held_out", held_out, instead=INSTEAD.format("held_out"))
         if feed is None:
             run, data = evaluate(named, batch_size), jax.device_put(held_out)
         else:
